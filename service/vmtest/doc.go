@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package vmtest boots Debian virtual machines with real virtio-vsock, and tests
+// transfused in one of them:
+//
+//	go test -tags vm -count 1 -v ./service/vmtest
+//
+// A VM to try things in, with a root shell on its serial console (Ctrl-a x ends it):
+//
+//	go run ./service/vmtest/run [-share DIR] [PROGRAM…]
+//
+// It prints the VM's hybrid vsock socket, where transfuse-host listens for it and
+// reaches it, and copies the programs into its /usr/local/bin.
+//
+// Images are built once by the scripts in image/ and cached in
+// ${XDG_CACHE_HOME:-~/.cache}/transfused/vm (1.5 GB; remove it at will while no VM runs).
+// That takes two minutes and needs root, and apt to install debootstrap. Set
+// TRANSFUSED_VM_MIRROR to build from another Debian archive than the one that apt uses, and
+// TRANSFUSED_VM_KVM=1 where /dev/kvm works: the default is emulation, which works everywhere.
+//
+// Decisions:
+//   - The vsock device is vhost-device-vsock, a program of ours alone: the VM's
+//     host is a Unix socket in the VM's work folder, never this machine's own vsock.
+//     It passes bytes in both directions, but no half-close, and the guest sees port numbers counted from 0.
+//   - QEMU and the devices run in a chroot of a newer Debian, each in a mount
+//     namespace of its own, and die with the program that booted them. So nothing is left to unmount or to kill.
+//   - The guest's systemd itself tells that it is up, over vsock. Nothing is slept for.
+//   - Its shell answers on vsock port 2222, one process a connection; there is no network and no SSH.
+//   - The disk is thrown away: a VM always starts from the image.
+package vmtest

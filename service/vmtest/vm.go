@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vmtest
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	shellPort  = 2222 // shell.socket of image/guest.sh
+	notifyPort = 2223 // where the guest's systemd says READY=1
+)
+
+// Config says how to boot. The zero value is a VM for tests.
+type Config struct {
+	Share       string // a folder of this machine that virtiofs offers to the guest as "share"; "" for none
+	Memory      int    // MiB; 0: 1024
+	Interactive bool   // the VM's serial console is this program's terminal
+}
+
+// VM is a running virtual machine. Methods may be called concurrently.
+type VM struct {
+	work      string
+	processes []*process // in the order of their start; the last is QEMU
+}
+
+// Boot boots a VM and returns when its systemd has started every unit. Close it in the end.
+// The VM writes into a throw-away layer over the image, so any number may run at once.
+func Boot(ctx context.Context, im *Images, c Config) (_ *VM, err error) {
+	work, err := os.MkdirTemp("", "transfused-vm-")
+	if err != nil {
+		return nil, fmt.Errorf("vm: %w", err)
+	}
+	vm := &VM{work: work}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("vm: %w\n%s", err, vm.Logs())
+			vm.Close()
+		}
+	}()
+	ready, err := net.Listen("unix", fmt.Sprintf("%s_%d", vm.Socket(), notifyPort))
+	if err != nil {
+		return nil, err
+	}
+	defer ready.Close()
+
+	room := room{tools: filepath.Join(im.Tools, "root"), work: work, image: im.Guest, share: c.Share}
+	err = vm.serve(ctx, room, "vhost.sock", "vhost-device-vsock", "--guest-cid=7",
+		"--tx-buffer-size=32768", // with less, version 0.3.0 drops packets that the guest sends in several descriptors, and the stream hangs
+		"--socket="+room.path("vhost.sock"), "--uds-path="+room.path("vm.sock"))
+	if err != nil {
+		return nil, err
+	}
+	memory := c.Memory
+	if memory == 0 {
+		memory = 1024
+	}
+	args := []string{
+		"qemu-system-x86_64", "-nodefaults", "-nographic", "-no-reboot", "-serial", "mon:stdio",
+		"-smp", "2", "-m", strconv.Itoa(memory),
+		"-object", fmt.Sprintf("memory-backend-memfd,id=m,size=%dM,share=on", memory), "-machine", "q35,memory-backend=m,sata=off",
+		"-kernel", "/image/vmlinuz", "-initrd", "/image/initrd.img",
+		"-drive", "file=/image/disk.img,format=raw,if=virtio,snapshot=on,cache=unsafe",
+		"-chardev", "socket,id=vsock,path=" + room.path("vhost.sock"), "-device", "vhost-user-vsock-pci,chardev=vsock",
+		"-append", "root=/dev/vda rw console=ttyS0 panic=-1 quiet " +
+			fmt.Sprintf("systemd.set_credential=vmm.notify_socket:vsock-stream:2:%d", notifyPort),
+	}
+	if os.Getenv("TRANSFUSED_VM_KVM") != "" {
+		args = append(args, "-accel", "kvm", "-cpu", "host")
+	} else {
+		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
+	}
+	if c.Share != "" {
+		if err := vm.serve(ctx, room, "fs.sock", "virtiofsd", "--socket-path="+room.path("fs.sock"), "--shared-dir=/share", "--sandbox=none"); err != nil {
+			return nil, err
+		}
+		args = append(args, "-chardev", "socket,id=share,path="+room.path("fs.sock"), "-device", "vhost-user-fs-pci,chardev=share,tag=share")
+	}
+	if err := vm.start(room, c.Interactive, args...); err != nil {
+		return nil, err
+	}
+	return vm, vm.waitReady(ctx, ready)
+}
+
+// Socket is the VM's hybrid vsock socket: a program of this machine reaches the guest's
+// port P by hybrid:Socket:P, and listens for it on the same address.
+func (vm *VM) Socket() string { return filepath.Join(vm.work, "vm.sock") }
+
+// Dir is the VM's work folder, removed by Close.
+func (vm *VM) Dir() string { return vm.work }
+
+// Logs is what the VM's console and the programs around it wrote, for the report of a failure.
+func (vm *VM) Logs() string {
+	var b strings.Builder
+	logs, _ := filepath.Glob(filepath.Join(vm.work, "*.log")) // the pattern is well-formed
+	for _, log := range logs {
+		if text, err := os.ReadFile(log); err == nil && len(text) > 0 {
+			fmt.Fprintf(&b, "--- %s\n%s\n", filepath.Base(log), lastLines(text, 60))
+		}
+	}
+	return b.String()
+}
+
+// Wait returns when the VM has powered off.
+func (vm *VM) Wait() { <-vm.processes[len(vm.processes)-1].done }
+
+// Close ends the VM, without shutting it down, and removes its work folder.
+func (vm *VM) Close() error {
+	for _, p := range vm.processes {
+		p.stop()
+	}
+	return os.RemoveAll(vm.work)
+}
+
+// room is what the host's side of a VM sees: the tools' tree with a few folders bound into it.
+type room struct {
+	tools, work, image, share string
+}
+
+// path is the name within the room of a file in the work folder. It tells which VM it is of,
+// so that /proc/net/unix does too.
+func (r room) path(name string) string {
+	return filepath.Join("/work", filepath.Base(r.work), name)
+}
+
+// enter is a shell script: it makes the room's mounts and becomes the program. They are in a
+// namespace of its own, so nothing is left to unmount. Its arguments are the room's folders and the program.
+const enter = `
+tools=$1 work=$2 image=$3 share=$4; shift 4
+mount -t tmpfs tmpfs "$tools/work"
+mkdir "$tools/work/${work##*/}"
+mount --bind "$work" "$tools/work/${work##*/}"
+mount --bind "$image" "$tools/image"
+if [ "$share" ]; then mount --bind "$share" "$tools/share"; fi
+mount --rbind /dev "$tools/dev"
+mount --rbind /proc "$tools/proc"
+exec chroot "$tools" env PATH=/usr/bin:/usr/sbin:/usr/libexec TMPDIR="/work/${work##*/}" "$@"
+`
+
+// start starts a program in the room. Its output goes to a log in the work folder, or to the terminal.
+func (vm *VM) start(r room, terminal bool, args ...string) error {
+	cmd := exec.Command("unshare", append([]string{"--mount", "--propagation=private", "sh", "-eu", "-c", enter, "sh",
+		r.tools, r.work, r.image, r.share}, args...)...)
+	if terminal {
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	} else {
+		log, err := os.Create(filepath.Join(r.work, args[0]+".log"))
+		if err != nil {
+			return err
+		}
+		defer log.Close() // the program has its own
+		cmd.Stdout, cmd.Stderr = log, log
+	}
+	p, err := start(cmd)
+	if err != nil {
+		return err
+	}
+	vm.processes = append(vm.processes, p)
+	return nil
+}
+
+// serve starts a program in the room and waits until it listens on the socket of that name.
+func (vm *VM) serve(ctx context.Context, r room, socket string, args ...string) error {
+	if err := vm.start(r, false, args...); err != nil {
+		return err
+	}
+	p := vm.processes[len(vm.processes)-1]
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	// The kernel tells nobody that a socket listens, and to connect would use up the one connection that these programs take.
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if listens(r.path(socket)) {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-p.done:
+			return fmt.Errorf("%s: ended early: %v", args[0], p.err)
+		case <-ctx.Done():
+			return fmt.Errorf("%s: does not listen on %s: %w", args[0], socket, ctx.Err())
+		}
+	}
+}
+
+// listens says whether some process listens on a Unix socket bound to that very name.
+func listens(name string) bool {
+	f, err := os.Open("/proc/net/unix")
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		// Num RefCount Protocol Flags Type St Inode Path; the flag is __SO_ACCEPTCON (linux/net.h)
+		if f := strings.Fields(s.Text()); len(f) == 8 && f[7] == name && f[3] == "00010000" {
+			return true
+		}
+	}
+	return false
+}
+
+// waitReady takes the messages of the guest's systemd until it says that it is up.
+func (vm *VM) waitReady(ctx context.Context, l net.Listener) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	got := make(chan error, 1)
+	go func() {
+		text := make([]byte, 4096)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				got <- err
+				return
+			}
+			// systemd waits for our end of the connection to close, and vhost-device-vsock does not
+			// pass its half-close on: one read takes the message, which is one small packet.
+			n, _ := c.Read(text) // a message that breaks off is not the one
+			c.Close()
+			if strings.Contains(string(text[:n]), "READY=1") {
+				got <- nil
+				return
+			}
+		}
+	}()
+	qemu := vm.processes[len(vm.processes)-1]
+	select {
+	case err := <-got:
+		return err
+	case <-qemu.done:
+		return fmt.Errorf("qemu ended during the boot: %v", qemu.err)
+	case <-ctx.Done():
+		return fmt.Errorf("the guest did not come up: %w", ctx.Err())
+	}
+}
