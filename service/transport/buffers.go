@@ -3,6 +3,7 @@
 package transport
 
 import (
+	"errors"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -20,26 +21,30 @@ func SetBuffers(f *os.File) {
 	if err != nil {
 		return
 	}
-	// Control fails only for a closed file, which needs no buffers.
-	_ = raw.Control(func(fd uintptr) { setBuffers(int(fd)) })
+	_ = control(raw, setBuffers)
 }
 
-func setBuffers(fd int) {
+func setBuffers(fd int) error {
 	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
 	if err != nil {
-		return
+		return err
 	}
 	if domain == unix.AF_VSOCK {
 		// The size is silently capped by the maximum, so that goes first.
-		for _, opt := range []int{unix.SO_VM_SOCKETS_BUFFER_MAX_SIZE, unix.SO_VM_SOCKETS_BUFFER_SIZE} {
-			_ = unix.SetsockoptUint64(fd, unix.AF_VSOCK, opt, bufferSize)
-		}
-		return
+		return errors.Join(
+			unix.SetsockoptUint64(fd, unix.AF_VSOCK, unix.SO_VM_SOCKETS_BUFFER_MAX_SIZE, bufferSize),
+			unix.SetsockoptUint64(fd, unix.AF_VSOCK, unix.SO_VM_SOCKETS_BUFFER_SIZE, bufferSize))
 	}
-	for _, opt := range [][2]int{{unix.SO_SNDBUFFORCE, unix.SO_SNDBUF}, {unix.SO_RCVBUFFORCE, unix.SO_RCVBUF}} {
-		// The first needs CAP_NET_ADMIN, the second is capped silently.
-		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt[0], bufferSize) != nil {
-			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt[1], bufferSize)
-		}
+	return errors.Join(
+		force(fd, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF),
+		force(fd, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF))
+}
+
+// force sets a size by the option for CAP_NET_ADMIN, or else by the one for
+// all, which caps it silently.
+func force(fd, admin, all int) error {
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, admin, bufferSize); err == nil {
+		return nil
 	}
+	return unix.SetsockoptInt(fd, unix.SOL_SOCKET, all, bufferSize)
 }

@@ -81,11 +81,7 @@ func (c *Conn) CloseWrite() error { return c.shutdown(unix.SHUT_WR) }
 func (c *Conn) Shutdown() error { return c.shutdown(unix.SHUT_RDWR) }
 
 func (c *Conn) shutdown(how int) error {
-	var err error
-	if cerr := c.raw.Control(func(fd uintptr) { err = unix.Shutdown(int(fd), how) }); cerr != nil {
-		return cerr
-	}
-	return os.NewSyscallError("shutdown", err)
+	return control(c.raw, func(fd int) error { return os.NewSyscallError("shutdown", unix.Shutdown(fd, how)) })
 }
 
 // Peer is the other end.
@@ -130,19 +126,23 @@ func dup(c syscall.Conn, name string) (*os.File, error) {
 }
 
 func dupRaw(raw syscall.RawConn, name string) (*os.File, error) {
-	var (
-		n   int
-		err error
-	)
-	if cerr := raw.Control(func(fd uintptr) {
-		n, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
-	}); cerr != nil {
-		return nil, cerr
-	}
-	if err != nil {
-		return nil, os.NewSyscallError("fcntl", err)
+	var n int
+	if err := control(raw, func(fd int) (err error) {
+		n, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		return os.NewSyscallError("fcntl", err)
+	}); err != nil {
+		return nil, err
 	}
 	// It can't fail on a socket; if it did, the file would block and work.
 	_ = unix.SetNonblock(n, true)
 	return os.NewFile(uintptr(n), name), nil
+}
+
+// control calls f with the descriptor of raw, which stays open meanwhile.
+func control(raw syscall.RawConn, f func(fd int) error) error {
+	var err error
+	if raw.Control(func(fd uintptr) { err = f(int(fd)) }) != nil {
+		return os.ErrClosed // the one error that Control has
+	}
+	return err
 }

@@ -91,20 +91,19 @@ func fromFile(f *os.File) (*Listener, error) {
 		return nil, err
 	}
 	var domain, typ, accepts int
-	if cerr := raw.Control(func(fd uintptr) {
+	err = control(raw, func(fd int) (err error) {
 		for opt, v := range map[int]*int{unix.SO_DOMAIN: &domain, unix.SO_TYPE: &typ, unix.SO_ACCEPTCONN: &accepts} {
-			if *v, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, opt); err != nil {
-				return
+			if *v, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, opt); err != nil {
+				return os.NewSyscallError("getsockopt", err)
 			}
 		}
-	}); cerr != nil {
-		return nil, cerr
-	}
+		return nil
+	})
 	switch {
 	case errors.Is(err, unix.ENOTSOCK):
 		return nil, &reason{"it is no socket; pass a listening stream socket", err}
 	case err != nil:
-		return nil, os.NewSyscallError("getsockopt", err)
+		return nil, err
 	case domain != unix.AF_VSOCK && domain != unix.AF_UNIX:
 		return nil, fmt.Errorf("its address family is %d, neither vsock (%d) nor Unix (%d)", domain, unix.AF_VSOCK, unix.AF_UNIX)
 	case typ != unix.SOCK_STREAM || accepts == 0:
@@ -134,6 +133,9 @@ func fromFile(f *os.File) (*Listener, error) {
 // little before the next Accept is wise.
 func (l *Listener) Accept() (*Conn, error) {
 	nc, err := l.ln.Accept()
+	if errors.Is(err, unix.EBADF) {
+		err = net.ErrClosed // in mdlayher/socket's words
+	}
 	if err != nil {
 		return nil, fmt.Errorf("accept on %s: %w", l.addr, err)
 	}
@@ -176,11 +178,7 @@ func listenUnix(path string) (net.Listener, fs.FileInfo, error) {
 // so that it is never open to others, not even for a moment.
 func bindUnix(path string) (net.Listener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
-		var err error
-		if cerr := raw.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
-			return cerr
-		}
-		return os.NewSyscallError("fchmod", err)
+		return control(raw, func(fd int) error { return os.NewSyscallError("fchmod", unix.Fchmod(fd, 0o600)) })
 	}}
 	ln, err := lc.Listen(context.Background(), "unix", path)
 	if err != nil {

@@ -49,13 +49,11 @@ func peerOf(f *os.File, remote net.Addr, local Addr) (Peer, error) {
 		return Peer{}, err
 	}
 	var cred *unix.Ucred
-	if cerr := raw.Control(func(fd uintptr) {
-		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); cerr != nil {
-		return Peer{}, cerr
-	}
-	if err != nil {
-		return Peer{}, os.NewSyscallError("getsockopt SO_PEERCRED", err)
+	if err := control(raw, func(fd int) (err error) {
+		cred, err = unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+		return os.NewSyscallError("getsockopt SO_PEERCRED", err)
+	}); err != nil {
+		return Peer{}, err
 	}
 	family := Unix
 	if local.Family == Hybrid {
