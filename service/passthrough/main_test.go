@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package passthrough
+
+import (
+	"fmt"
+	"os"
+	"testing"
+)
+
+func TestMain(m *testing.M) {
+	if err := dropFsetid(); err != nil {
+		fmt.Fprintln(os.Stderr, "dropping CAP_FSETID:", err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
