@@ -80,6 +80,7 @@ func ParseMountArgs(b []byte) (options []string, dir string, err error) {
 			return nil, "", ErrIncomplete
 		case arg == "--" && len(args) == 2:
 			args = args[1:]
+			continue
 		default:
 			return nil, "", fmt.Errorf("%w: mount argument %q, only -o and a mount point are expected", ErrProtocol, clip(arg))
 		}

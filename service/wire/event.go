@@ -71,7 +71,7 @@ func (r *EventReader) Next() (EventV1, error) {
 	if n == 0 && a == ActionPing {
 		return EventV1{Action: a}, nil // it has no use for a path, and the seed asks for none
 	}
-	if bytes.IndexByte(path, 0) != n-1 {
+	if n == 0 || bytes.IndexByte(path, 0) != n-1 {
 		return EventV1{}, fmt.Errorf("%w: event of version 1: path %q does not end with its only NUL", ErrProtocol, clip(string(path)))
 	}
 	return EventV1{Path: string(path[:n-1]), Action: a}, nil
