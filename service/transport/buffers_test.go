@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"runtime"
 	"strconv"
 	"strings"
@@ -82,45 +83,92 @@ func TestBuffersRaised(t *testing.T) {
 	})
 }
 
-// BenchmarkWrite shows what raised buffers are worth to messages of 1 MiB.
+// BenchmarkWrite shows what the size of the buffers is worth between two
+// processes: to a message that is answered by 16 bytes, as a WRITE request is
+// (or a READ, the other way round), and to messages in one go.
 func BenchmarkWrite(b *testing.B) {
-	for _, size := range []int{4 << 10, 128 << 10, 1 << 20} {
-		for _, raised := range []bool{false, true} {
-			b.Run(fmt.Sprintf("size=%dK/raised=%v", size>>10, raised), func(b *testing.B) {
-				fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-				if err != nil {
-					b.Fatal(err)
-				}
-				var c [2]*Conn
-				for i, fd := range fds {
-					f := os.NewFile(uintptr(fd), "pair")
-					if raised {
-						SetBuffers(f)
-					}
-					c[i] = NewConn(f, Peer{})
-				}
-				done := make(chan struct{})
-				go func() {
-					defer close(done)
-					buf := make([]byte, size)
-					for {
-						if _, err := io.ReadFull(c[1], buf); err != nil {
-							return
-						}
-					}
-				}()
-				msg := make([]byte, size)
-				b.SetBytes(int64(size))
-				b.ReportAllocs()
-				for b.Loop() {
-					if _, err := c[0].Write(msg); err != nil {
-						b.Fatal(err)
-					}
-				}
-				c[0].Close()
-				<-done
-				c[1].Close()
-			})
+	for _, answered := range []bool{true, false} {
+		for _, size := range []int{4 << 10, 128 << 10, 1 << 20} {
+			for _, raised := range []bool{false, true} {
+				b.Run(fmt.Sprintf("answered=%v/size=%dK/raised=%v", answered, size>>10, raised), func(b *testing.B) {
+					benchmarkWrite(b, answered, size, raised)
+				})
+			}
+		}
+	}
+}
+
+func benchmarkWrite(b *testing.B, answered bool, size int, raised bool) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	f, g := os.NewFile(uintptr(fds[0]), "pair"), os.NewFile(uintptr(fds[1]), "pair")
+	if raised {
+		SetBuffers(f)
+		SetBuffers(g)
+	}
+	sink := exec.Command("/proc/self/exe")
+	sink.Env = append(os.Environ(), fmt.Sprintf("%s=%d %v", sinkEnv, size, answered))
+	sink.ExtraFiles = []*os.File{g}
+	sink.Stderr = os.Stderr
+	if err := sink.Start(); err != nil {
+		b.Fatal(err)
+	}
+	g.Close()
+	c := NewConn(f, Peer{})
+	msg, answer := make([]byte, size), make([]byte, 16)
+	b.SetBytes(int64(size))
+	for b.Loop() {
+		if _, err := c.Write(msg); err != nil {
+			b.Fatal(err)
+		}
+		if answered {
+			if _, err := io.ReadFull(c, answer); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	c.Close()
+	if err := sink.Wait(); err != nil {
+		b.Error(err)
+	}
+}
+
+// sinkEnv makes this program the other process of BenchmarkWrite.
+const sinkEnv = "TRANSPORT_TEST_SINK"
+
+func TestMain(m *testing.M) {
+	if args := os.Getenv(sinkEnv); args != "" {
+		if err := sink(args); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+func sink(args string) error {
+	var (
+		size     int
+		answered bool
+	)
+	if _, err := fmt.Sscan(args, &size, &answered); err != nil {
+		return err
+	}
+	c := NewConn(os.NewFile(3, "pair"), Peer{})
+	buf := make([]byte, size)
+	for {
+		if _, err := io.ReadFull(c, buf); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if answered {
+			if _, err := c.Write(buf[:16]); err != nil {
+				return err
+			}
 		}
 	}
 }
