@@ -27,20 +27,23 @@ func dialVsock(ctx context.Context, a Addr) (*Conn, error) {
 		return nil, err
 	}
 	defer c.Close()
-	f, err := dup(c, a.String())
+	raw, err := c.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
 	// Before connecting: the size is told to the peer in the first packet.
-	SetBuffers(f)
-	err = bindReserved(rand.Uint32N(countReserved), func(port uint32) error {
+	// Smaller buffers work too.
+	_ = control(raw, setBuffers)
+	if err := bindReserved(rand.Uint32N(countReserved), func(port uint32) error {
 		return c.Bind(&unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: port})
-	})
-	if err == nil {
-		_, err = c.Connect(ctx, &unix.SockaddrVM{CID: a.CID, Port: a.Port})
+	}); err != nil {
+		return nil, err
 	}
+	if _, err := c.Connect(ctx, &unix.SockaddrVM{CID: a.CID, Port: a.Port}); err != nil {
+		return nil, err
+	}
+	f, err := dup(c, a.String())
 	if err != nil {
-		f.Close()
 		return nil, err
 	}
 	return NewConn(f, Peer{Family: Vsock, CID: a.CID, Port: a.Port, Local: a}), nil
