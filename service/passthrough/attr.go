@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package passthrough
+
+import (
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fuse"
+)
+
+// setAttr fills what the guest is told about an inode.
+func (fs *FS) setAttr(a *fuse.Attr, ino uint64, st *unix.Statx_t) {
+	*a = fuse.Attr{
+		Ino: ino, Size: st.Size, Blocks: st.Blocks,
+		Atime: uint64(st.Atime.Sec), Atimensec: st.Atime.Nsec,
+		Mtime: uint64(st.Mtime.Sec), Mtimensec: st.Mtime.Nsec,
+		Ctime: uint64(st.Ctime.Sec), Ctimensec: st.Ctime.Nsec,
+		Mode: uint32(st.Mode), Nlink: st.Nlink,
+		UID: fs.ids.uidOut(st.Uid), GID: fs.ids.gidOut(st.Gid),
+		Rdev: encodeDev(st.Rdev_major, st.Rdev_minor), Blksize: st.Blksize,
+	}
+}
+
+// encodeDev is the kernel's new_encode_dev (linux/kdev_t.h).
+func encodeDev(major, minor uint32) uint32 {
+	return minor&0xff | major<<8 | minor&^0xff<<12
+}
+
+func (r *request) attrReply(n *node, st *unix.Statx_t) fuse.Errno {
+	out := fuse.AttrOut{AttrValid: r.fs.ttlSec, AttrValidNsec: r.fs.ttlNsec}
+	r.fs.setAttr(&out.Attr, n.ino, st)
+	return reply(r, &out)
+}
+
+func opGetattr(r *request) fuse.Errno {
+	var in fuse.GetattrIn
+	if !decode(r, &in) {
+		return unix.EINVAL
+	}
+	n, e := r.self()
+	if e != 0 {
+		return e
+	}
+	// A handle in the request is not needed: it keeps its node, and that its descriptor.
+	var st unix.Statx_t
+	if e := r.fs.stat(n, &st); e != 0 {
+		return e
+	}
+	return r.attrReply(n, &st)
+}
+
+func opStatx(r *request) fuse.Errno {
+	var in fuse.StatxIn
+	if !decode(r, &in) {
+		return unix.EINVAL
+	}
+	n, e := r.self()
+	if e != 0 {
+		return e
+	}
+	var st unix.Statx_t
+	if e := r.fs.stat(n, &st); e != 0 {
+		return e
+	}
+	sx := func(t unix.StatxTimestamp) fuse.SxTime { return fuse.SxTime{Sec: t.Sec, Nsec: t.Nsec} }
+	return reply(r, &fuse.StatxOut{
+		AttrValid: r.fs.ttlSec, AttrValidNsec: r.fs.ttlNsec,
+		Stat: fuse.Statx{
+			Mask: st.Mask & (unix.STATX_BASIC_STATS | unix.STATX_BTIME), Blksize: st.Blksize,
+			Attributes: st.Attributes, AttributesMask: st.Attributes_mask,
+			Nlink: st.Nlink, UID: r.fs.ids.uidOut(st.Uid), GID: r.fs.ids.gidOut(st.Gid), Mode: st.Mode,
+			Ino: n.ino, Size: st.Size, Blocks: st.Blocks,
+			Atime: sx(st.Atime), Btime: sx(st.Btime), Ctime: sx(st.Ctime), Mtime: sx(st.Mtime),
+			RdevMajor: st.Rdev_major, RdevMinor: st.Rdev_minor,
+		},
+	})
+}
+
+func opReadlink(r *request) fuse.Errno {
+	n, fd, e := r.path()
+	if e != 0 {
+		return e
+	}
+	if n.typ != unix.S_IFLNK {
+		return unix.EINVAL
+	}
+	// The kernel takes a page at most, and would cut what is longer.
+	k, e := readlinkat(fd, emptyName, r.room(unix.PathMax))
+	if e != 0 {
+		return e
+	}
+	r.fill(k)
+	return 0
+}
+
+// setattrValid are the bits that we act on or may ignore. (The times of a change, FATTR_CTIME, are sent with WRITEBACK_CACHE
+// alone; the host sets its own.)
+const setattrValid = fuse.FATTR_MODE | fuse.FATTR_UID | fuse.FATTR_GID | fuse.FATTR_SIZE | fuse.FATTR_ATIME | fuse.FATTR_MTIME |
+	fuse.FATTR_FH | fuse.FATTR_ATIME_NOW | fuse.FATTR_MTIME_NOW | fuse.FATTR_LOCKOWNER | fuse.FATTR_CTIME | fuse.FATTR_KILL_SUIDGID
+
+func opSetattr(r *request) fuse.Errno {
+	var in fuse.SetattrIn
+	if !decode(r, &in) || in.Valid&^setattrValid != 0 {
+		return unix.EINVAL
+	}
+	n, fd, e := r.path()
+	if e != 0 {
+		return e
+	}
+	var h *handle
+	if in.Valid&fuse.FATTR_FH != 0 {
+		if h, e = r.handle(in.Fh); e != 0 {
+			return e
+		}
+	}
+	if in.Valid&(fuse.FATTR_UID|fuse.FATTR_GID) != 0 {
+		if e := r.chown(fd, &in); e != 0 {
+			return e
+		}
+	}
+	// After the owner, because a change of that clears the set-id bits.
+	if in.Valid&fuse.FATTR_MODE != 0 {
+		if n.typ == unix.S_IFLNK {
+			return unix.EOPNOTSUPP
+		}
+		if e := r.chmod(n, fd, in.Mode&0o7777); e != 0 {
+			return e
+		}
+	}
+	if in.Valid&fuse.FATTR_SIZE != 0 {
+		if e := r.truncate(n, fd, h, in.Size); e != 0 {
+			return e
+		}
+	}
+	if in.Valid&(fuse.FATTR_ATIME|fuse.FATTR_MTIME) != 0 {
+		ts := [2]unix.Timespec{
+			timeOf(in.Valid&fuse.FATTR_ATIME != 0, in.Valid&fuse.FATTR_ATIME_NOW != 0, in.Atime, in.Atimensec),
+			timeOf(in.Valid&fuse.FATTR_MTIME != 0, in.Valid&fuse.FATTR_MTIME_NOW != 0, in.Mtime, in.Mtimensec),
+		}
+		if e := utimensat(fd, emptyName, &ts, unix.AT_EMPTY_PATH); e != 0 {
+			return e
+		}
+	}
+	var st unix.Statx_t
+	if e := statx(fd, emptyName, unix.AT_EMPTY_PATH, &st); e != 0 {
+		return e
+	}
+	return r.attrReply(n, &st)
+}
+
+func timeOf(set, now bool, sec uint64, nsec uint32) unix.Timespec {
+	switch {
+	case !set:
+		return unix.Timespec{Nsec: unix.UTIME_OMIT}
+	case now:
+		return unix.Timespec{Nsec: unix.UTIME_NOW}
+	}
+	return unix.Timespec{Sec: int64(sec), Nsec: int64(nsec)}
+}
+
+func (r *request) chown(fd int, in *fuse.SetattrIn) fuse.Errno {
+	const leave = ^uint32(0)
+	uid, gid, ok := leave, leave, true
+	if in.Valid&fuse.FATTR_UID != 0 {
+		if uid, ok = r.fs.ids.uidIn(in.UID); !ok {
+			return unix.EINVAL
+		}
+	}
+	if in.Valid&fuse.FATTR_GID != 0 {
+		if gid, ok = r.fs.ids.gidIn(in.GID); !ok {
+			return unix.EINVAL
+		}
+	}
+	return fchownat(fd, emptyName, uid, gid, unix.AT_EMPTY_PATH)
+}
+
+func (r *request) chmod(n *node, fd int, mode uint32) fuse.Errno {
+	var b nameBuf
+	return fchmodat(r.fs.procFD, b.setInt(fd), r.fs.safeMode(n.typ, mode))
+}
+
+func (r *request) truncate(n *node, fd int, h *handle, size uint64) fuse.Errno {
+	if n.typ != unix.S_IFREG {
+		return unix.EINVAL
+	}
+	if int64(size) < 0 {
+		return unix.EFBIG
+	}
+	if h != nil && h.flags&unix.O_ACCMODE != unix.O_RDONLY {
+		return errnoOf(unix.Ftruncate(h.fd, int64(size)))
+	}
+	w, e := r.fs.reopen(fd, unix.O_WRONLY)
+	if e != 0 {
+		return e
+	}
+	defer unix.Close(w)
+	return errnoOf(unix.Ftruncate(w, int64(size)))
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package passthrough
+
+import (
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fuse"
+)
+
+// keepFlags are the flags of open(2) that mean something for the host's file. O_DIRECT is not among them: in the guest it
+// goes around the cache, which it does by asking us each time; the host's own demands on alignment
+// and memory would make it fail for no gain.
+const keepFlags = unix.O_ACCMODE | unix.O_APPEND | unix.O_TRUNC | unix.O_SYNC | unix.O_DSYNC | unix.O_NOATIME
+
+// openFlags are the flags to open a file with.
+func (r *request) openFlags(flags uint32) (int, fuse.Errno) {
+	f := int(flags) & keepFlags
+	writes := f&unix.O_ACCMODE != unix.O_RDONLY || f&unix.O_TRUNC != 0
+	if writes && r.fs.c.ReadOnly {
+		return 0, unix.EROFS
+	}
+	if f&unix.O_ACCMODE == unix.O_ACCMODE {
+		return 0, unix.EINVAL // 3: open for ioctl alone, of devices
+	}
+	return f, 0
+}
+
+func opOpen(r *request) fuse.Errno {
+	var in fuse.OpenIn
+	if !decode(r, &in) {
+		return unix.EINVAL
+	}
+	flags, e := r.openFlags(in.Flags)
+	if e != 0 {
+		return e
+	}
+	n, fd, e := r.path()
+	if e != 0 {
+		return e
+	}
+	return r.openNode(n, fd, flags)
+}
+
+// openNode opens a node that exists, and replies.
+func (r *request) openNode(n *node, fd, flags int) fuse.Errno {
+	fs := r.fs
+	if n.typ != unix.S_IFREG {
+		// The guest's kernel opens devices, pipes and sockets itself.
+		if n.typ == unix.S_IFLNK {
+			return unix.ELOOP
+		}
+		return unix.ENXIO
+	}
+	if e := fs.gone(n, fd); e != 0 {
+		return e
+	}
+	if e := fs.takeFile(); e != 0 {
+		return e
+	}
+	f, e := fs.reopen(fd, flags)
+	if e == unix.EPERM && flags&unix.O_NOATIME != 0 {
+		f, e = fs.reopen(fd, flags&^unix.O_NOATIME) // only the owner may; the guest's owner may not be ours
+	}
+	if e != 0 {
+		fs.giveFile()
+		return e
+	}
+	h := fs.newHandle(n, f, flags)
+	return reply(r, &fuse.OpenOut{Fh: h.id})
+}
+
+// gone is ESTALE if the host has removed n, so that the guest looks its name up again. What the guest itself has open it may
+// open again (by /proc/self/fd).
+func (fs *FS) gone(n *node, fd int) fuse.Errno {
+	fs.mu.Lock()
+	opens := len(n.opens)
+	fs.mu.Unlock()
+	if opens > 0 {
+		return 0
+	}
+	var st unix.Statx_t
+	if e := statx(fd, emptyName, unix.AT_EMPTY_PATH, &st); e != 0 {
+		return e
+	}
+	if st.Nlink == 0 {
+		return unix.ESTALE
+	}
+	return 0
+}
+
+func opRead(r *request) fuse.Errno {
+	var in fuse.ReadIn
+	if !decode(r, &in) || in.Size > maxTransfer || int64(in.Offset) < 0 {
+		return unix.EINVAL
+	}
+	h, e := r.handle(in.Fh)
+	if e != 0 {
+		return e
+	}
+	if h.isDir() {
+		return unix.EISDIR
+	}
+	n, e := pread(h.fd, r.room(int(in.Size)), int64(in.Offset))
+	if e != 0 {
+		return e
+	}
+	r.fill(n)
+	return 0
+}
+
+func opWrite(r *request) fuse.Errno {
+	var in fuse.WriteIn
+	if !decode(r, &in) || int(in.Size) != len(r.body) || int64(in.Offset) < 0 {
+		return unix.EINVAL
+	}
+	h, e := r.handle(in.Fh)
+	if e != 0 {
+		return e
+	}
+	if h.isDir() {
+		return unix.EISDIR
+	}
+	fd := h.fd
+	if in.WriteFlags&fuse.WRITE_CACHE != 0 && h.flags&unix.O_APPEND != 0 {
+		// Pages of a mapping are written through any handle of the file. This one would append them.
+		if fd, e = r.fs.reopen(fd, unix.O_WRONLY); e != 0 {
+			return e
+		}
+		defer unix.Close(fd)
+	}
+	n, e := pwrite(fd, r.body, int64(in.Offset))
+	if e != 0 {
+		return e
+	}
+	return reply(r, &fuse.WriteOut{Size: uint32(n)})
+}
+
+func opFlush(r *request) fuse.Errno {
+	var in fuse.FlushIn
+	if !decode(r, &in) {
+		return unix.EINVAL
+	}
+	h, e := r.handle(in.Fh)
+	if e != 0 {
+		return e
+	}
+	// A network file system below reports at close what it could not write.
+	d, err := unix.FcntlInt(uintptr(h.fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return errnoOf(err)
+	}
+	return errnoOf(unix.Close(d))
+}
+
+func opRelease(r *request) fuse.Errno {
+	var in fuse.ReleaseIn
+	if !decode(r, &in) {
+		return unix.EINVAL
+	}
+	return r.fs.closeHandle(r.hdr.NodeID, in.Fh)
+}
+
+// opFsync serves FSYNC and FSYNCDIR.
+func opFsync(r *request) fuse.Errno {
+	var in fuse.FsyncIn
+	if !decode(r, &in) {
+		return unix.EINVAL
+	}
+	h, e := r.handle(in.Fh)
+	if e != 0 {
+		return e
+	}
+	if in.FsyncFlags&fuse.FSYNC_FDATASYNC != 0 {
+		return errnoOf(unix.Fdatasync(h.fd))
+	}
+	return errnoOf(unix.Fsync(h.fd))
+}

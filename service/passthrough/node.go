@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package passthrough
+
+import (
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fuse"
+)
+
+// key is a host inode, as one mount shows it. The birth time tells apart two that had one number, one after the other.
+type key struct {
+	dev, ino, mnt uint64
+}
+
+func keyOf(st *unix.Statx_t) key {
+	return key{dev: uint64(st.Dev_major)<<32 | uint64(st.Dev_minor), ino: st.Ino, mnt: st.Mnt_id}
+}
+
+func btimeOf(st *unix.Statx_t) int64 {
+	if st.Mask&unix.STATX_BTIME == 0 {
+		return 0
+	}
+	return st.Btime.Sec*1e9 + int64(st.Btime.Nsec)
+}
+
+// node is an inode that the guest knows. What it was when it was found never changes: its key, birth time and type.
+//
+// It is reached by its descriptor, or, where it has none, opened again: by name in its parent, or by file handle. What
+// was opened is compared with what it was; another inode under that name is ESTALE.
+type node struct {
+	fs    *FS
+	id    uint64
+	key   key
+	btime int64
+	typ   uint32 // S_IFMT bits of the mode
+	ino   uint64 // for the guest
+
+	// Guarded by FS.mu.
+
+	nlookup uint64    // references of the guest's kernel
+	pins    int       // requests under way and open handles: the descriptor stays
+	kids    int       // nodes whose parent is this one
+	parent  *node     // with name, where it was last seen; nil when it is gone from there
+	name    string    //
+	fd      int       // O_PATH, or -1
+	handle  []byte    // its file handle, taken when the descriptor was closed
+	opens   []*handle // of the guest
+	used    bool      // in FS.lru
+
+	next, prev *node
+}
+
+// is tells whether st describes n.
+func (n *node) is(st *unix.Statx_t) bool {
+	return keyOf(st) == n.key && btimeOf(st) == n.btime && uint32(st.Mode)&unix.S_IFMT == n.typ
+}
+
+// enter finds or makes the node of what st describes, found under name in parent, which is pinned; name "" is for
+// what has none. The guest gets one reference more.
+func (fs *FS) enter(parent *node, name cname, st *unix.Statx_t) (*node, fuse.Errno) {
+	k, btime, typ := keyOf(st), btimeOf(st), uint32(st.Mode)&unix.S_IFMT
+	fs.mu.Lock()
+	n := fs.keys[k]
+	if n != nil && (n.btime != btime || n.typ != typ) {
+		// The host has given the number to another inode. Who still holds the old one gets ESTALE.
+		n = nil
+	}
+	if n == nil {
+		if !take(&fs.limits.nodes, fs.limits.Nodes) {
+			fs.unlock()
+			return nil, unix.ENFILE
+		}
+		fs.lastID++
+		n = &node{fs: fs, id: fs.lastID, key: k, btime: btime, typ: typ, ino: fs.guestIno(k), fd: -1}
+		fs.nodes[n.id], fs.keys[k] = n, n
+	}
+	if n != fs.root {
+		n.nlookup++
+		if len(name) > 1 && (n.parent != parent || !name.is(n.name)) {
+			fs.move(n, parent, name.String())
+		}
+	}
+	fs.unlock()
+	return n, 0
+}
+
+// move says where n is found; parent nil: nowhere. It needs FS.mu, and FS.unlock after it.
+func (fs *FS) move(n, parent *node, name string) {
+	old := n.parent
+	n.parent, n.name = parent, name
+	if parent != nil {
+		parent.kids++
+	}
+	if old != nil {
+		old.kids--
+		fs.unref(old)
+	}
+}
+
+// forget takes references from the guest's. More than it has are all.
+func (fs *FS) forget(id, nlookup uint64) {
+	fs.mu.Lock()
+	if n := fs.nodes[id]; n != nil && n != fs.root {
+		n.nlookup -= min(n.nlookup, nlookup)
+		fs.unref(n)
+	}
+	fs.unlock()
+}
+
+// unref drops n if nothing refers to it, and then perhaps its parent. It needs FS.mu, and FS.unlock after it.
+func (fs *FS) unref(n *node) {
+	for n != nil && n.nlookup == 0 && n.pins == 0 && n.kids == 0 && n != fs.root {
+		delete(fs.nodes, n.id)
+		if fs.keys[n.key] == n {
+			delete(fs.keys, n.key)
+		}
+		fs.limits.nodes.Add(-1)
+		if n.fd >= 0 {
+			fs.dead = append(fs.dead, n.fd)
+			n.fd = -1
+			fs.lruRemove(n)
+		}
+		parent := n.parent
+		n.parent = nil
+		if parent != nil {
+			parent.kids--
+		}
+		n = parent
+	}
+}
+
+// known finds the node of what st describes, if the guest has it, and pins it for the request.
+func (r *request) known(st *unix.Statx_t) *node {
+	fs := r.fs
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	n := fs.keys[keyOf(st)]
+	if n == nil || !n.is(st) {
+		return nil
+	}
+	n.pins++
+	r.pinned[r.npinned] = n
+	r.npinned++
+	return n
+}

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package passthrough
+
+import "transfused.org/transfused/service/fuse"
+
+// op serves one opcode. serve checks every field of the body before it uses it, and appends what the reply carries.
+// It returns 0, the errno to reply with, or [later].
+type op struct {
+	serve  func(*request) fuse.Errno
+	writes bool // changes something: EROFS on a read-only export
+	slow   bool // may take long: another goroutine goes on reading meanwhile
+}
+
+// later is returned by an operation that has taken request.replier and answers after it has returned.
+const later = fuse.Errno(1 << 20)
+
+// ops are what we serve; ENOSYS is the answer to what is not here.
+var ops = [fuse.OpMax]op{
+	fuse.OpInit:        {serve: opInit},
+	fuse.OpDestroy:     {serve: opDestroy},
+	fuse.OpLookup:      {serve: opLookup},
+	fuse.OpForget:      {serve: opForget},
+	fuse.OpBatchForget: {serve: opBatchForget},
+
+	fuse.OpGetattr:  {serve: opGetattr},
+	fuse.OpSetattr:  {serve: opSetattr, writes: true},
+	fuse.OpStatx:    {serve: opStatx},
+	fuse.OpReadlink: {serve: opReadlink},
+
+	fuse.OpMknod:   {serve: opMknod, writes: true},
+	fuse.OpMkdir:   {serve: opMkdir, writes: true},
+	fuse.OpSymlink: {serve: opSymlink, writes: true},
+	fuse.OpLink:    {serve: opLink, writes: true},
+	fuse.OpCreate:  {serve: opCreate, writes: true},
+	fuse.OpTmpfile: {serve: opTmpfile, writes: true},
+	fuse.OpUnlink:  {serve: opUnlink, writes: true},
+	fuse.OpRmdir:   {serve: opRmdir, writes: true},
+	fuse.OpRename:  {serve: opRename, writes: true},
+	fuse.OpRename2: {serve: opRename2, writes: true},
+
+	fuse.OpOpen:    {serve: opOpen},
+	fuse.OpRead:    {serve: opRead},
+	fuse.OpWrite:   {serve: opWrite, writes: true},
+	fuse.OpFlush:   {serve: opFlush},
+	fuse.OpRelease: {serve: opRelease},
+	fuse.OpFsync:   {serve: opFsync, slow: true},
+
+	fuse.OpOpendir:     {serve: opOpendir},
+	fuse.OpReaddir:     {serve: opReaddir},
+	fuse.OpReaddirplus: {serve: opReaddirplus},
+	fuse.OpReleasedir:  {serve: opReleasedir},
+	fuse.OpFsyncdir:    {serve: opFsync, slow: true},
+}

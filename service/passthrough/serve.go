@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package passthrough
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fuse"
+)
+
+const (
+	maxTransfer = 1 << 20            // of a READ or WRITE, in bytes: max_write
+	maxRequest  = maxTransfer + 4096 // of a whole request
+	readAhead   = 32 << 10           // of small requests, read together
+	maxIdle     = 4                  // goroutines that wait for the turn to read; more end
+	watchTick   = time.Millisecond
+)
+
+// stream is one connection. Its goroutines take turns in reading: who has the turn reads a request and serves it. If that
+// is quick he reads the next one himself, which costs no switch of goroutines; else another takes the turn meanwhile:
+// before he begins, if more requests are there already or the operation is known to be slow; by the watch, if it turns out to be.
+type stream struct {
+	fs *FS
+	c  io.ReadWriteCloser
+	wg sync.WaitGroup
+
+	turn     chan struct{} // holds the right to read when nobody has it
+	idle     atomic.Int32  // goroutines that wait for it
+	workers  atomic.Int32
+	seq      atomic.Uint64 // odd while who has the turn serves; the watch takes it by making seq even
+	watching atomic.Bool
+	wake     chan struct{} // begins the watch
+	done     chan struct{} // closed when ended
+
+	// For who has the turn.
+	buf   []byte // bytes r to w were read and not used
+	r, w  int
+	ended bool
+	err   error
+}
+
+// Serve serves the requests of one stream until it ends: nil at its end or after DESTROY, else what is wrong with it. It
+// writes each reply with one Write, from several goroutines, and closes c. The streams of one mount may be served at once.
+func (fs *FS) Serve(c io.ReadWriteCloser) error {
+	s := &stream{fs: fs, c: c, turn: make(chan struct{}, 1), wake: make(chan struct{}, 1), done: make(chan struct{}), buf: make([]byte, readAhead)}
+	s.wg.Go(s.watch)
+	s.pass()
+	s.wg.Wait()
+	fs.second.streamEnded(s)
+	c.Close() // an error can't be of a reply: those were written
+	return s.err
+}
+
+// pass gives the turn away.
+func (s *stream) pass() {
+	s.turn <- struct{}{}
+	if s.idle.Load() == 0 && int64(s.workers.Load()) < s.fs.limits.Requests {
+		s.workers.Add(1)
+		s.wg.Go(s.work)
+	}
+}
+
+func (s *stream) work() {
+	defer s.workers.Add(-1)
+	r := &request{fs: s.fs, s: s}
+	for {
+		if s.idle.Add(1) > maxIdle {
+			s.idle.Add(-1)
+			return
+		}
+		<-s.turn
+		s.idle.Add(-1)
+		for mine := true; mine; mine = s.serve(r) {
+			if s.ended || !s.next(r) {
+				if !s.ended {
+					s.ended = true
+					close(s.done)
+				}
+				s.turn <- struct{}{} // for the others to see it
+				return
+			}
+		}
+	}
+}
+
+// watch gives the turn to another goroutine when who has it serves for longer than a tick. It sleeps while nothing is served.
+func (s *stream) watch() {
+	for {
+		select {
+		case <-s.wake:
+		case <-s.done:
+			return
+		}
+		var last uint64
+		for quiet := 0; quiet < 20; quiet++ {
+			time.Sleep(watchTick)
+			switch seq := s.seq.Load(); {
+			case seq != last:
+				last, quiet = seq, 0
+			case seq%2 == 1 && s.seq.CompareAndSwap(seq, seq+1):
+				s.pass()
+			}
+		}
+		s.watching.Store(false)
+		if s.seq.Load() != last { // began before it could see that we don't watch
+			s.beWatched()
+		}
+	}
+}
+
+func (s *stream) beWatched() {
+	if !s.watching.Load() {
+		s.watching.Store(true)
+		select {
+		case s.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// next reads a request. The caller has the turn. False: the stream has ended, s.err says why.
+func (s *stream) next(r *request) bool {
+	err := s.read(r)
+	if err == nil {
+		return true
+	}
+	r.release()
+	if err != io.EOF {
+		s.err = err
+		s.c.Close() // wakes who writes
+	}
+	return false
+}
+
+// read fills r.hdr and r.body. io.EOF is the end between two requests.
+func (s *stream) read(r *request) error {
+	for s.w-s.r < fuse.InHeaderSize {
+		if s.r > 0 {
+			s.w = copy(s.buf, s.buf[s.r:s.w])
+			s.r = 0
+		}
+		n, err := s.c.Read(s.buf[s.w:])
+		s.w += n
+		if n == 0 && err != nil {
+			if errors.Is(err, io.EOF) && s.w > 0 {
+				return fmt.Errorf("the stream ended within a request: %w", io.ErrUnexpectedEOF)
+			}
+			if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) {
+				return io.EOF
+			}
+			return fmt.Errorf("reading a request: %w", err)
+		}
+	}
+	fuse.Decode(&r.hdr, s.buf[s.r:s.w])
+	if r.hdr.Len < uint32(fuse.InHeaderSize) || r.hdr.Len > maxRequest {
+		// Where the next request begins can't be known.
+		return fmt.Errorf("a request of %d bytes (opcode %v, unique %d): the peer does not speak FUSE, or is hostile", r.hdr.Len, r.hdr.Opcode, r.hdr.Unique)
+	}
+	s.r += fuse.InHeaderSize
+	n := int(r.hdr.Len) - fuse.InHeaderSize
+	if n <= len(r.inSmall) {
+		r.body = r.inSmall[:n]
+	} else {
+		r.inBuf = s.fs.limits.getBuffer(n)
+		r.body = r.inBuf.b[:n]
+	}
+	have := copy(r.body, s.buf[s.r:s.w])
+	s.r += have
+	if have < n {
+		if _, err := io.ReadFull(s.c, r.body[have:]); err != nil {
+			return fmt.Errorf("reading the rest of a request: %w", err)
+		}
+	}
+	return nil
+}
+
+// serve serves one request, and tells whether the caller still has the turn.
+func (s *stream) serve(r *request) (mine bool) {
+	var op *op
+	if r.hdr.Opcode < fuse.OpMax {
+		op = &ops[r.hdr.Opcode]
+	}
+	if r.hdr.Opcode == fuse.OpDestroy {
+		s.answer(r, op)
+		s.ended = true
+		close(s.done)
+		return true
+	}
+	more := s.w-s.r >= fuse.InHeaderSize && !r.hdr.Opcode.NoReply()
+	if more || op != nil && op.slow {
+		s.pass()
+		s.answer(r, op)
+		return false
+	}
+	seq := s.seq.Add(1)
+	s.beWatched()
+	s.answer(r, op)
+	return s.seq.CompareAndSwap(seq, seq+1)
+}
+
+// answer serves the request and replies.
+func (s *stream) answer(r *request, op *op) {
+	r.out = r.outSmall[:fuse.OutHeaderSize]
+	e := s.run(r, op)
+	s.fs.requests.Add(1)
+	if e == later || r.hdr.Opcode.NoReply() {
+		r.release()
+		return
+	}
+	if e != 0 {
+		r.out = r.out[:fuse.OutHeaderSize]
+	}
+	s.reply(r.out, r.hdr.Unique, e)
+	r.release()
+}
+
+// reply writes b, which begins with room for the header.
+func (s *stream) reply(b []byte, unique uint64, e fuse.Errno) {
+	if e > fuse.MaxErrno {
+		e = unix.EIO
+	}
+	fuse.Put(b, &fuse.OutHeader{Len: uint32(len(b)), Error: -int32(e), Unique: unique})
+	// An error ends the stream: who reads sees it too.
+	_, _ = s.c.Write(b)
+}
+
+// replier is for an operation that returns later: it is to be called once, from anywhere, with the errno.
+func (r *request) replier() func(fuse.Errno) {
+	s, unique := r.s, r.hdr.Unique
+	return func(e fuse.Errno) { s.reply(make([]byte, fuse.OutHeaderSize), unique, e) }
+}
+
+func (s *stream) run(r *request, op *op) fuse.Errno {
+	switch {
+	case op == nil || op.serve == nil:
+		return unix.ENOSYS
+	case r.fs.session.Load() == nil && r.hdr.Opcode != fuse.OpInit:
+		return unix.EPROTO
+	case op.writes && r.fs.c.ReadOnly:
+		return unix.EROFS
+	}
+	var ok bool
+	if r.body, r.group, r.hasGroup, ok = r.hdr.Groups(r.body); !ok {
+		return unix.EINVAL
+	}
+	return op.serve(r)
+}
