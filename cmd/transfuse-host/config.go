@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/BurntSushi/toml"
+	"github.com/spf13/pflag"
+
+	"transfused.org/transfused/service/host"
+	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/wire"
+)
+
+// flags are the command line, as far as it was read.
+type flags struct {
+	exports   []host.Export
+	listen    []transport.Addr
+	guests    []host.Guest
+	file      string
+	tokenFile string
+	anyPort   bool
+	debug     bool
+}
+
+func (f *flags) define(fs *pflag.FlagSet) {
+	fs.SortFlags = false
+	fs.VarP(value("ADDR", func(s string) error {
+		a, err := transport.Parse(s)
+		f.listen = append(f.listen, a)
+		return err
+	}), "listen", "l", "listen on `ADDR`; may be repeated")
+	fs.VarP(value("TAG=DIR", func(s string) error {
+		e, err := host.ParseExport(s)
+		f.exports = append(f.exports, e)
+		return err
+	}), "export", "e", "export `TAG=DIR[,option…]`; may be repeated")
+	fs.Var(value("ADDR", func(s string) error {
+		a, err := transport.Parse(s)
+		f.guests = append(f.guests, host.Guest{Addr: a})
+		return err
+	}), "guest", "ask the guest that listens on `ADDR` to mount what the --mount behind it say; may be repeated")
+	fs.Var(value("TAG=GUESTDIR", func(s string) error {
+		if len(f.guests) == 0 {
+			return errors.New("give the --guest ADDR to mount at before it")
+		}
+		m, err := host.ParseGuestMount(s)
+		g := &f.guests[len(f.guests)-1]
+		g.Mounts = append(g.Mounts, m)
+		return err
+	}), "mount", "have the --guest before it mount `TAG=GUESTDIR[,option…]`; may be repeated")
+	fs.StringVarP(&f.file, "config", "c", "", "read `FILE` first (TOML); flags win")
+	fs.StringVar(&f.tokenFile, "token-file", "", "`FILE` with the token that guests prove themselves by, where the transport does not (hybrid vsock)")
+	fs.BoolVar(&f.anyPort, "allow-unprivileged-guests", false, "serve guests' processes that are not root (source ports from 1024 on), or may not be")
+	fs.BoolVar(&f.debug, "debug", false, "log more")
+}
+
+// settable is a flag that is read by a function.
+type settable struct {
+	kind string
+	set  func(string) error
+}
+
+func value(kind string, set func(string) error) pflag.Value { return settable{kind, set} }
+
+func (v settable) String() string     { return "" }
+func (v settable) Set(s string) error { return v.set(s) }
+func (v settable) Type() string       { return v.kind }
+
+// configFile is the configuration file.
+type configFile struct {
+	Listen            []transport.Addr          `toml:"listen"`
+	TokenFile         string                    `toml:"token-file"`
+	AllowUnprivileged bool                      `toml:"allow-unprivileged-guests"`
+	Debug             bool                      `toml:"debug"`
+	Export            map[string]map[string]any `toml:"export"`
+	Guest             map[string]struct {
+		Address transport.Addr `toml:"address"`
+		Mounts  []string       `toml:"mounts"`
+	} `toml:"guest"`
+}
+
+// config puts file and flags together.
+func (f *flags) config(set *pflag.FlagSet) (c host.Config, debug bool, err error) {
+	tokenFile := f.tokenFile
+	if f.file != "" {
+		var file configFile
+		if c, file, err = readConfig(f.file); err != nil {
+			return c, false, err
+		}
+		if !set.Changed("token-file") {
+			tokenFile = file.TokenFile
+		}
+		c.AllowUnprivileged, debug = file.AllowUnprivileged, file.Debug
+	}
+	if len(f.listen) > 0 {
+		c.Listen = f.listen
+	}
+	given := len(c.Exports)
+	for _, e := range f.exports {
+		// Only those of the file: a tag given twice here is a mistake.
+		if i := slices.IndexFunc(c.Exports[:given], func(o host.Export) bool { return o.Tag == e.Tag }); i >= 0 {
+			c.Exports = slices.Delete(c.Exports, i, i+1)
+			given--
+		}
+		c.Exports = append(c.Exports, e)
+	}
+	given = len(c.Guests)
+	for _, g := range f.guests {
+		if i := slices.IndexFunc(c.Guests[:given], func(o host.Guest) bool { return o.Addr == g.Addr }); i >= 0 {
+			c.Guests = slices.Delete(c.Guests, i, i+1)
+			given--
+		}
+		c.Guests = append(c.Guests, g)
+	}
+	if set.Changed("allow-unprivileged-guests") {
+		c.AllowUnprivileged = f.anyPort
+	}
+	if set.Changed("debug") {
+		debug = f.debug
+	}
+	if tokenFile != "" {
+		if c.Token, err = readToken(tokenFile); err != nil {
+			return c, false, err
+		}
+	}
+	return c, debug, c.Check()
+}
+
+// readConfig reads a configuration file.
+func readConfig(path string) (c host.Config, file configFile, err error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return c, file, reason(err)
+	}
+	md, err := toml.Decode(string(text), &file)
+	if pe := (toml.ParseError{}); errors.As(err, &pe) {
+		return c, file, fmt.Errorf("%s:%d: %s", path, pe.Position.Line, pe.Message)
+	}
+	if err != nil {
+		return c, file, fmt.Errorf("%s: %w", path, err)
+	}
+	at := func(key ...string) string { return fmt.Sprintf("%s:%d", path, lineOf(string(text), key)) }
+	if unknown := md.Undecoded(); len(unknown) > 0 {
+		return c, file, fmt.Errorf("%s: unknown key %s: remove it or correct its name", at(unknown[0]...), unknown[0])
+	}
+	c.Listen = file.Listen
+	for _, name := range slices.Sorted(maps.Keys(file.Export)) {
+		e, key, err := exportOf(name, file.Export[name])
+		if err != nil {
+			return c, file, fmt.Errorf("%s: export %s: %w", at("export", name, key), name, err)
+		}
+		c.Exports = append(c.Exports, e)
+	}
+	for _, name := range slices.Sorted(maps.Keys(file.Guest)) {
+		g := host.Guest{Addr: file.Guest[name].Address}
+		if g.Addr == (transport.Addr{}) {
+			return c, file, fmt.Errorf("%s: guest %s: no address: write address = \"vsock:CID:PORT\"", at("guest", name), name)
+		}
+		for _, s := range file.Guest[name].Mounts {
+			m, err := host.ParseGuestMount(s)
+			if err != nil {
+				return c, file, fmt.Errorf("%s: guest %s: %w", at("guest", name, "mounts"), name, err)
+			}
+			g.Mounts = append(g.Mounts, m)
+		}
+		c.Guests = append(c.Guests, g)
+	}
+	return c, file, nil
+}
+
+// exportOf makes an export of its table. An error comes with the key it is of.
+func exportOf(name string, table map[string]any) (e host.Export, key string, err error) {
+	e.Tag = name
+	for _, key := range slices.Sorted(maps.Keys(table)) {
+		switch text, isText := table[key].(string); key {
+		case "tag", "dir":
+			if !isText {
+				return e, key, fmt.Errorf("%s must be a text: write %[1]s = \"…\"", key)
+			}
+			if key == "tag" {
+				e.Tag = text
+			} else {
+				e.Dir = text
+			}
+		default:
+			values, isList := table[key].([]any)
+			if !isList {
+				values = []any{table[key]}
+			}
+			for _, v := range values {
+				switch v.(type) {
+				case string, bool, int64:
+				default:
+					return e, key, fmt.Errorf("option %s must be a text, a number, yes or no, or a list of those", key)
+				}
+				if err := e.Set(key, fmt.Sprint(v), true); err != nil {
+					return e, key, err
+				}
+			}
+		}
+	}
+	if e.Dir == "" {
+		return e, "", errors.New("no directory: write dir = \"/…\"")
+	}
+	return e, "", nil
+}
+
+// lineOf finds the line of a key, or of its table, or 1. The TOML library
+// tells no positions of keys.
+func lineOf(text string, key []string) int {
+	line, table := 1, ""
+	for i, l := range strings.Split(text, "\n") {
+		l = strings.TrimSpace(l)
+		if strings.HasPrefix(l, "[") {
+			table = strings.NewReplacer(" ", "", `"`, "").Replace(strings.Trim(strings.SplitN(l, "#", 2)[0], "[] \t"))
+			if strings.Join(key, ".") == table || len(key) > 1 && strings.Join(key[:len(key)-1], ".") == table {
+				line = i + 1
+			}
+			continue
+		}
+		name, _, ok := strings.Cut(l, "=")
+		full := strings.Trim(strings.TrimSpace(name), `"`)
+		if table != "" {
+			full = table + "." + full
+		}
+		if ok && full == strings.Join(key, ".") {
+			return i + 1
+		}
+	}
+	return line
+}
+
+// minToken is the shortest token that is worth the name, in bytes.
+const minToken = 16
+
+// readToken reads the token of a file that nobody else may read.
+func readToken(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, reason(err)
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, reason(err)
+	}
+	if fi.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("token file %s: others may read it (mode %04o): chmod 600 it and make a new token", path, fi.Mode().Perm())
+	}
+	b := make([]byte, wire.MaxToken+2)
+	n, err := f.Read(b)
+	if err != nil && n == 0 {
+		return nil, fmt.Errorf("token file %s: it is empty: write at least %d random bytes there, such as: head -c 32 /dev/urandom | base64", path, minToken)
+	}
+	token := bytes.TrimRight(b[:n], "\r\n")
+	if len(token) < minToken || len(token) > wire.MaxToken {
+		return nil, fmt.Errorf("token file %s: the token has %d bytes: it must have %d to %d", path, len(token), minToken, wire.MaxToken)
+	}
+	return token, nil
+}
+
+// reason puts the mend to an error of a file.
+func reason(err error) error {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%w: correct the path or make it", err)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w: run as a user who may read it", err)
+	}
+	return err
+}

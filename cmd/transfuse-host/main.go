@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Transfuse-host serves directories of this machine to guests. It wires flags
+// and configuration to package host.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"transfused.org/transfused/service/host"
+	"transfused.org/transfused/service/ipc"
+)
+
+var version = "unknown" // set by the linker
+
+// Exit codes, told in the help.
+const (
+	exitOK      = 0
+	exitFailure = 1 // at run time: a port in use, no right to listen
+	exitUsage   = 2 // a flag or the configuration
+)
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+func run(args []string) int {
+	role, conn, err := ipc.Child()
+	if err == nil && role == host.RoleWorker {
+		err = host.Worker(conn)
+		if err == nil {
+			return exitOK
+		}
+	} else if err == nil && role != "" {
+		err = fmt.Errorf("role %q is not one of transfuse-host", role)
+	}
+	if err == nil {
+		err = command(args).Execute()
+	}
+	if err == nil {
+		return exitOK
+	}
+	fmt.Fprintln(os.Stderr, "transfuse-host: "+strings.ReplaceAll(err.Error(), "\n", " "))
+	if r := (*runError)(nil); errors.As(err, &r) {
+		return exitFailure
+	}
+	return exitUsage
+}
+
+// runError is an error at run time; the others are of usage.
+type runError struct{ error }
+
+func (e *runError) Unwrap() error { return e.error }
+
+func command(args []string) *cobra.Command {
+	f := &flags{}
+	cmd := &cobra.Command{
+		Use:   "transfuse-host --listen ADDR --export TAG=DIR[,option…]",
+		Short: "serve directories of this machine to virtual machines",
+		Long: `Transfuse-host serves directories of this machine to virtual machines, over vsock
+(QEMU and others), hybrid vsock (Firecracker, Cloud Hypervisor) or Unix sockets.
+
+Addresses:
+  vsock:any:PORT       every VM of this machine, by virtio-vsock
+  hybrid:PATH:PORT     the VM whose VMM has the vsock socket PATH
+  unix:PATH            processes of this machine
+
+Options of an export (a comma in a directory is written \,):
+  ro                           read-only
+  guests=CID|PATH|any          who may mount it; may be repeated. Without it: over a
+                               Unix socket, the user who runs this server, and root
+  root=owner|trust             the guest's root is the directory's owner (default), or root
+  uidmap=, gidmap=GUEST:HOST:COUNT   may be repeated
+  squash=UID:GID               everybody in the guest is that user here
+  suid, dev, acl               keep set-id bits; allow device nodes; POSIX ACLs
+  submounts=hide|follow        file systems mounted below the directory (default hide)
+  xattr=on|off|user            extended attributes; user: kept as user.*, for servers without privilege
+  xattrmap=GUEST:HOST          rename attributes by prefix; may be repeated
+  max-open-files=N, max-inodes=N    bounds of one guest's session
+
+The configuration file (--config) is TOML: listen, token-file, allow-unprivileged-guests and debug,
+tables [export.TAG] with dir and the options above, and tables [guest.NAME] with address and mounts.
+Flags win: --listen replaces the file's list; an --export or --guest replaces the one of
+the same tag or address.
+
+Exit status: 0 ended in order (SIGINT, SIGTERM); 1 failed at run time; 2 a mistake in flags or configuration.`,
+		Example: `  transfuse-host --listen unix:/tmp/h.sock --export code=/usr/share,ro
+  transfuse-host --listen vsock:any:1524 --export code=/srv/code,guests=7 --guest vsock:7:1525 --mount code=/mnt/code`,
+		Version:           version,
+		Args:              cobra.NoArgs,
+		SilenceErrors:     true,
+		SilenceUsage:      true,
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, debug, err := f.config(cmd.Flags())
+			if err != nil {
+				return err
+			}
+			return serve(c, debug)
+		},
+	}
+	f.define(cmd.Flags())
+	cmd.SetArgs(args)
+	return cmd
+}
+
+func serve(c host.Config, debug bool) error {
+	level := slog.LevelInfo
+	if debug {
+		level = slog.LevelDebug
+	}
+	c.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	c.Software = "transfuse-host " + version
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	// A second signal ends the process at once.
+	context.AfterFunc(ctx, stop)
+	err := host.Run(ctx, c)
+	if ce := (*host.ConfigError)(nil); err == nil || errors.As(err, &ce) {
+		return err
+	}
+	return &runError{err}
+}

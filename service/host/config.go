@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package host
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"transfused.org/transfused/service/transport"
+)
+
+// Config is what a host serves, and to whom.
+type Config struct {
+	Exports []Export
+	Listen  []transport.Addr
+	// Guests are those at which this host asks for mounts.
+	Guests []Guest
+	// Token proves the two ends to each other where the transport does not;
+	// nil for none.
+	Token []byte
+	// AllowUnprivileged lets in guests' processes that are not root, or may
+	// not be.
+	AllowUnprivileged bool
+	Software          string       // program and version, for the guests' logs
+	Log               *slog.Logger // nil for none
+}
+
+// Guest is a guest whose mounts the host asks for, by the address that the
+// guest listens on.
+type Guest struct {
+	Addr   transport.Addr
+	Mounts []GuestMount
+}
+
+// GuestMount is an export that the host asks a guest to mount.
+type GuestMount struct {
+	Tag     string
+	Dir     string // absolute, in the guest
+	Options []string
+}
+
+// ParseGuestMount parses TAG=GUESTDIR[,option…], with the escapes of
+// ParseExport.
+func ParseGuestMount(s string) (GuestMount, error) {
+	fields := splitCommas(s)
+	tag, dir, ok := strings.Cut(fields[0], "=")
+	if !ok || tag == "" || !filepath.IsAbs(dir) {
+		return GuestMount{}, fmt.Errorf("mount %q: give TAG=GUESTDIR[,option…], the directory absolute, such as code=/mnt/code", s)
+	}
+	return GuestMount{Tag: tag, Dir: filepath.Clean(dir), Options: fields[1:]}, nil
+}
+
+// Check finds mistakes before anything is started. Run calls it too.
+func (c *Config) Check() error {
+	if len(c.Listen) == 0 {
+		return errors.New("no address to listen on: give --listen ADDR")
+	}
+	if len(c.Exports) == 0 {
+		return errors.New("nothing to export: give --export TAG=DIR")
+	}
+	seen := map[transport.Addr]bool{}
+	for _, a := range c.Listen {
+		if seen[a] {
+			return fmt.Errorf("listen %s: given twice; leave one out", a)
+		}
+		seen[a] = true
+	}
+	tags := map[string]string{}
+	for i := range c.Exports {
+		e := &c.Exports[i]
+		if err := e.check(); err != nil {
+			return fmt.Errorf("export %s: %w", e.Tag, err)
+		}
+		if dir, ok := tags[e.Tag]; ok {
+			return fmt.Errorf("tag %s: given twice, for %s and for %s; choose another for one of them", e.Tag, dir, e.Dir)
+		}
+		tags[e.Tag] = e.Dir
+		if err := checkDir(e.Dir); err != nil {
+			return fmt.Errorf("export %s: %w", e.Tag, err)
+		}
+	}
+	addrs := map[transport.Addr]bool{}
+	for _, g := range c.Guests {
+		if len(g.Mounts) == 0 {
+			return fmt.Errorf("guest %s: nothing to mount there; give --mount TAG=GUESTDIR behind it", g.Addr)
+		}
+		if addrs[g.Addr] {
+			return fmt.Errorf("guest %s: given twice; give all of its mounts at one", g.Addr)
+		}
+		addrs[g.Addr] = true
+		dirs := map[string]bool{}
+		for _, m := range g.Mounts {
+			if _, ok := tags[m.Tag]; !ok {
+				return fmt.Errorf("guest %s: mount %s=%s: no export has the tag %s; give --export %[2]s=DIR", g.Addr, m.Tag, m.Dir, m.Tag)
+			}
+			if dirs[m.Dir] {
+				return fmt.Errorf("guest %s: two mounts at %s; choose another directory", g.Addr, m.Dir)
+			}
+			dirs[m.Dir] = true
+		}
+	}
+	return nil
+}
+
+func checkDir(dir string) error {
+	fi, err := os.Stat(dir)
+	var pe *os.PathError
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%s does not exist: make it or correct the path", dir)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%s: permission denied: run as a user who may read it", dir)
+	case errors.As(err, &pe):
+		return fmt.Errorf("%s: %w", dir, pe.Err)
+	case err != nil:
+		return err
+	case !fi.IsDir():
+		return fmt.Errorf("%s is not a directory: export the directory that it is in", dir)
+	}
+	return nil
+}

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package host is the file server of transfuse-host: it serves directories of
+// this machine to guests.
+//
+// The parent process (Run) listens, finds out who connects, and keeps the
+// sessions: one for each guest daemon, with its control channel and mounts. It
+// reads no FUSE message. A worker process (Worker) serves each session: the
+// parent passes it the directories of exports and the streams that arrived,
+// and the worker runs package passthrough between the two.
+//
+// Decisions:
+//
+//   - A connection says with its first message what it is for. Until then it
+//     is bounded in time, size and number, in all and by peer.
+//   - Who a peer is comes from the transport: CID and source port of vsock,
+//     credentials of Unix sockets; where it hides them (hybrid vsock) from a
+//     token. All connections of a session have the same peer. What an export
+//     does not show to a peer does not exist for it.
+//   - A worker is made at a session's first mount and shuts itself in before it
+//     sees a byte of the guest (confine). As root: namespaces of its own, a
+//     root with nothing in it, the exports as detached mounts, the capabilities
+//     of a file server. As another user: Landlock. Always: no_new_privs,
+//     an allow-list of system calls, limits of descriptors and memory.
+//   - What is not walled: a root worker keeps CAP_DAC_READ_SEARCH, with which a
+//     guest that took it over could open any file of the export's own file system by
+//     its handle (open_by_handle_at). Where that matters, export a file system
+//     of its own.
+//   - A worker that dies, of a signal or a panic, takes its session along and no
+//     other. The parent believes nothing that a worker says about anything but
+//     that session, and waits for it with a limit.
+//   - A session lives while it has a control channel or a mount in use. The
+//     guest resumes it by its id (version 2) or by being the same peer
+//     (version 1) on a new control channel.
+//   - Every goroutine of the parent belongs to the server or to a session, whose
+//     end waits for it. A context's cause is the reason that is logged.
+//
+// Locks: server.mu before session.starting before session.mu; no lock is held
+// for I/O but starting, which is there for that.
+package host

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package host
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/wire"
+)
+
+// guests returns the guests of the configuration that this session may be of.
+func (ss *session) guests() []Guest {
+	var gs []Guest
+	for _, g := range ss.srv.guests {
+		if !g.is(ss.peer) {
+			continue
+		}
+		// Over Unix sockets all guests of a user look alike, until one says
+		// where it listens, or is dialled (dialV1).
+		if g.Addr.Family == transport.Unix && ss.version >= wire.Version2 && ss.socket != g.Addr.String() {
+			continue
+		}
+		gs = append(gs, g)
+	}
+	return gs
+}
+
+// errOtherGuest says that the configured guest is not this session's.
+var errOtherGuest = errors.New("another guest listens there")
+
+// keep has the guest keep a mount while its control channel c lasts.
+func (ss *session) keep(ctx context.Context, c *control, g Guest, gm GuestMount) {
+	log := ss.log.With("tag", gm.Tag, "dir", gm.Dir)
+	wait, last := ss.srv.times.retryMin, ""
+	for {
+		m := ss.mountAt(gm.Dir) // from before the control channel was lost
+		var err error
+		if m == nil {
+			m, err = ss.ask(ctx, c, g, gm)
+		}
+		if err == nil {
+			select {
+			case <-ctx.Done():
+				return
+			case <-m.done:
+			}
+			stood, wish := ss.ending(m)
+			if ctx.Err() == nil && wish {
+				log.Info("unmounted by the guest: not asked for again until it connects anew")
+				return
+			}
+			if stood {
+				wait, last = ss.srv.times.retryMin, ""
+			}
+			err = errors.New("it ended")
+		}
+		if ctx.Err() != nil || errors.Is(err, errOtherGuest) {
+			return
+		}
+		if text := err.Error(); text != last {
+			log.Warn("no mount at the guest: trying again", "reason", quote(text))
+			last = text
+		}
+		if !pause(ctx, wait) {
+			return
+		}
+		wait = min(2*wait, ss.srv.times.retryMax)
+	}
+}
+
+// ending says whether a mount that ended had stood, and whether the guest
+// unmounted it on purpose. In version 1 nothing else ends one that stood while
+// the control channel lives.
+func (ss *session) ending(m *mount) (stood, wish bool) {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	if ss.version < wire.Version2 {
+		return m.stood, m.stood
+	}
+	return m.stood, m.reason == wire.ReasonAsked || m.reason == wire.ReasonShutdown
+}
+
+// ask has the guest mount, in its version of the protocol.
+func (ss *session) ask(ctx context.Context, c *control, g Guest, gm GuestMount) (*mount, error) {
+	if ss.version < wire.Version2 {
+		return ss.mountV1(ctx, c, g, gm)
+	}
+	id, answer := ss.expect()
+	defer ss.forget(id)
+	if err := c.send(&wire.MountAsk{ID: id, Tag: gm.Tag, Dir: gm.Dir, Options: gm.Options}); err != nil {
+		return nil, err
+	}
+	a, err := await(ctx, answer, 6*ss.srv.times.answer)
+	if err != nil {
+		return nil, err
+	}
+	r, ok := a.(*wire.MountResult)
+	if !ok {
+		return nil, fmt.Errorf("the guest answered with %T", a)
+	}
+	if r.Errno != 0 {
+		return nil, fmt.Errorf("the guest refused: %s (%w)", r.Text, r.Errno)
+	}
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	m := ss.mounts[r.MountID]
+	if m == nil || m.export.Tag != gm.Tag {
+		return nil, fmt.Errorf("the guest says that mount %d stands, which there is not", r.MountID)
+	}
+	m.asked = true
+	return m, nil
+}
+
+// await waits for the answer to a question.
+func await(ctx context.Context, answer <-chan wire.Message, d time.Duration) (wire.Message, error) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case m := <-answer:
+		return m, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-t.C:
+		return nil, fmt.Errorf("no answer within %v", d)
+	}
+}
+
+// mountV1 asks a guest of version 1 whether the mount point suits, dials it,
+// and has the worker serve the connection.
+func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMount) (*mount, error) {
+	e := ss.srv.byTag(gm.Tag)
+	id, answer := ss.expect()
+	defer ss.forget(id)
+	if err := c.send(&wire.SuitabilityRequest{ID: uint16(id), Paths: []string{gm.Dir}}); err != nil {
+		return nil, err
+	}
+	a, err := await(ctx, answer, ss.srv.times.answer)
+	if err != nil {
+		return nil, fmt.Errorf("asking whether %s suits: %w", gm.Dir, err)
+	}
+	switch a := a.(type) {
+	case *wire.SuitabilityReply:
+		if !slices.Contains(a.Paths, gm.Dir) {
+			return nil, fmt.Errorf("%s does not suit: it exists in the guest; remove it there, or choose another directory", gm.Dir)
+		}
+	case *wire.ErrorReply:
+		return nil, fmt.Errorf("the guest refused: %s", a.Text)
+	default:
+		return nil, fmt.Errorf("the guest answered with %T", a)
+	}
+	options := []string{"default_permissions", "allow_other", "fsname=" + gm.Tag}
+	if e.ReadOnly {
+		options = append(options, "ro")
+	}
+	args, err := wire.AppendMountArgs(nil, wire.MountArgs(append(options, gm.Options...), gm.Dir))
+	if err != nil {
+		return nil, err
+	}
+	conn, err := ss.dialV1(ctx, g, wire.SubMount)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close() // the worker has its own
+	m, err := ss.addMount(e, gm.Dir)
+	if err != nil {
+		return nil, err
+	}
+	conn.SetWriteDeadline(time.Now().Add(ss.srv.times.write))
+	if _, err := conn.Write(args); err != nil {
+		ss.drop(m, "the guest hung up")
+		return nil, err
+	}
+	if err := ss.passStream(m, conn); err != nil {
+		return nil, err
+	}
+	ss.mu.Lock()
+	m.asked = true
+	ss.mu.Unlock()
+	return m, nil
+}
+
+// byTag returns an export that the configuration has.
+func (s *server) byTag(tag string) *Export {
+	i := slices.IndexFunc(s.exports, func(e *Export) bool { return e.Tag == tag })
+	return s.exports[i]
+}
+
+// dialV1 connects to the guest's own socket for a subprotocol. Where the
+// transport does not prove who listens there, the guest has to.
+func (ss *session) dialV1(ctx context.Context, g Guest, sub byte) (*transport.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, ss.srv.times.answer)
+	defer cancel()
+	c, err := transport.Dial(ctx, g.Addr)
+	if err != nil {
+		return nil, err
+	}
+	if identify(c.Peer()) != ss.who || !ss.sameProcess(c.Peer()) {
+		c.Close()
+		return nil, errOtherGuest
+	}
+	c.SetDeadline(time.Now().Add(ss.srv.times.answer))
+	if g.Addr.Family == transport.Hybrid && len(ss.srv.token) > 0 {
+		if err := prove(c, ss.srv.token); err != nil {
+			c.Close()
+			return nil, err
+		}
+	}
+	if _, err := c.Write([]byte{sub}); err != nil {
+		c.Close()
+		return nil, err
+	}
+	c.SetDeadline(time.Time{})
+	return c, nil
+}
+
+// prove has the listener that c reached show that it has the token.
+func prove(c io.ReadWriter, token []byte) error {
+	hello := make([]byte, 1+wire.NonceLen)
+	hello[0] = wire.SubProof
+	rand.Read(hello[1:]) // never fails
+	if _, err := c.Write(hello); err != nil {
+		return err
+	}
+	var proof [32]byte
+	if _, err := io.ReadFull(c, proof[:]); err != nil {
+		return fmt.Errorf("the guest's listener did not prove that it has the token (%w): give transfused there the --token-file of the host", err)
+	}
+	want := wire.Proof(token, hello[1:])
+	if !hmac.Equal(proof[:], want[:]) {
+		return fmt.Errorf("%w: the guest's listener has another token, or is not transfused: give both ends the same --token-file", unix.EPERM)
+	}
+	return nil
+}

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package host
+
+import (
+	"strconv"
+	"sync"
+	"time"
+)
+
+// limiter bounds how often something that a peer can cause is logged: burst
+// times at once, and perSecond in the long run.
+type limiter struct {
+	burst, perSecond float64
+
+	mu      sync.Mutex // guards the rest
+	tokens  float64
+	last    time.Time
+	dropped int
+}
+
+func newLimiter(burst, perSecond float64) *limiter {
+	return &limiter{burst: burst, perSecond: perSecond, tokens: burst}
+}
+
+// allow says whether to go on, and how many were dropped since the last time
+// that it said yes.
+func (l *limiter) allow(now time.Time) (ok bool, dropped int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.last.IsZero() {
+		l.tokens = min(l.burst, l.tokens+l.perSecond*now.Sub(l.last).Seconds())
+	}
+	l.last = now
+	if l.tokens < 1 {
+		l.dropped++
+		return false, 0
+	}
+	l.tokens--
+	dropped, l.dropped = l.dropped, 0
+	return true, dropped
+}
+
+// maxLogged bounds one text of a peer in our log, in bytes.
+const maxLogged = 1024
+
+// quote makes the text of a peer safe for any log: on one line, without
+// control characters, bounded.
+func quote(s string) string {
+	if len(s) > maxLogged {
+		s = s[:maxLogged] + "…"
+	}
+	return strconv.Quote(s)
+}

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/wire"
+)
+
+// server is the parent process: it listens, finds out who connects, and keeps
+// the sessions. It reads no FUSE message.
+type server struct {
+	policy
+	log      *slog.Logger
+	software string
+	times    times
+	refused  *limiter
+	gate     *gate
+	limits   confinement // of each worker; paths and capabilities come with the session
+
+	wg sync.WaitGroup // all goroutines but the workers' readers, which the sessions wait for
+
+	mu       sync.Mutex // guards sessions; taken before a session's own
+	sessions map[*session]bool
+}
+
+// times are the server's patience.
+type times struct {
+	first              time.Duration // for a connection's first message
+	write              time.Duration // for a message that we send
+	answer             time.Duration // for an answer on a channel
+	stream             time.Duration // for the stream of a mount
+	ping               time.Duration // between pings
+	silent, dead       time.Duration // without a sign of life: log it; end the session
+	retryMin, retryMax time.Duration // between attempts of a mount that the host asks for
+	goodbye            time.Duration // for unmounting when the host ends
+}
+
+var defaultTimes = times{
+	first: 5 * time.Second, write: 10 * time.Second, answer: 10 * time.Second, stream: 30 * time.Second,
+	ping: 10 * time.Second, silent: 30 * time.Second, dead: 5 * time.Minute,
+	retryMin: 500 * time.Millisecond, retryMax: 30 * time.Second, goodbye: 2 * time.Second,
+}
+
+// Bounds of what peers can have.
+const (
+	maxUnknown     = 256 // connections that have not said who they are, in all
+	maxUnknownEach = 32  // of one peer
+	maxSessions    = 8   // of one peer; each is a process
+	maxMounts      = 256 // of one session
+	maxRequests    = 8   // of one session, being worked on
+)
+
+// Limits of a worker. Its memory is for the bytes of requests in flight and
+// the nodes that the guest's kernel knows.
+const (
+	workerSoftMemory = 256 << 20
+	workerHardMemory = 2 << 30
+	workerFiles      = 1 << 20
+)
+
+func newServer(c Config) *server {
+	log := c.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	s := &server{
+		log: log, software: c.Software, times: defaultTimes, refused: newLimiter(20, 1), gate: newGate(maxUnknown, maxUnknownEach),
+		limits:   confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
+		sessions: map[*session]bool{},
+		policy: policy{
+			guests: c.Guests, token: c.Token, allowUnprivileged: c.AllowUnprivileged, uid: uint32(os.Geteuid()),
+		},
+	}
+	for i := range c.Exports {
+		s.exports = append(s.exports, &c.Exports[i])
+	}
+	return s
+}
+
+// Run serves c until ctx ends, and returns nil when everything that it
+// started is gone: processes, sockets, connections. A mistake in c is a
+// *ConfigError; other errors are of the system.
+func Run(ctx context.Context, c Config) error {
+	if err := c.Check(); err != nil {
+		return &ConfigError{err}
+	}
+	s := newServer(c)
+	var ls []*transport.Listener
+	for _, a := range c.Listen {
+		l, err := transport.Listen(a)
+		if err != nil {
+			for _, l := range ls {
+				l.Close()
+			}
+			return err
+		}
+		ls = append(ls, l)
+	}
+	s.serve(ctx, ls)
+	return nil
+}
+
+// ConfigError is a mistake in a Config.
+type ConfigError struct{ err error }
+
+func (e *ConfigError) Error() string { return e.err.Error() }
+func (e *ConfigError) Unwrap() error { return e.err }
+
+// serve accepts connections until ctx ends, then closes ls and waits for
+// everything.
+func (s *server) serve(ctx context.Context, ls []*transport.Listener) {
+	if !canNamespace() {
+		s.log.Info("not root: all files are this user's, and workers are confined by Landlock")
+	}
+	for _, l := range ls {
+		s.log.Info("listening", "address", l.Addr().String())
+		s.wg.Go(func() { s.accept(ctx, l) })
+	}
+	<-ctx.Done()
+	for _, l := range ls {
+		l.Close()
+	}
+	s.wg.Wait()
+}
+
+func (s *server) accept(ctx context.Context, l *transport.Listener) {
+	for {
+		c, err := l.Accept()
+		switch {
+		case err == nil:
+			s.wg.Go(func() { s.handle(ctx, c) })
+		case ctx.Err() != nil || errors.Is(err, net.ErrClosed):
+			return
+		default:
+			// Our own trouble (EMFILE), or a peer that was gone before it
+			// was accepted; the next one may do better.
+			s.refuse(transport.Peer{Local: l.Addr()}, err)
+			if !pause(ctx, 100*time.Millisecond) {
+				return
+			}
+		}
+	}
+}
+
+// pause waits, and says whether ctx goes on.
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// refuse logs why a connection is not served.
+func (s *server) refuse(p transport.Peer, err error) {
+	if ok, dropped := s.refused.allow(time.Now()); ok {
+		s.log.Warn("connection refused", append([]any{"peer", p.String(), "address", p.Local.String(), "reason", err}, droppedAttr(dropped)...)...)
+	}
+}
+
+// handle serves one connection to its end.
+func (s *server) handle(ctx context.Context, c *transport.Conn) {
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	who := identify(c.Peer())
+	if !s.gate.enter(who) {
+		s.refuse(c.Peer(), errors.New("too many connections that have not said who they are"))
+		return
+	}
+	first, err := s.first(c)
+	if err == nil {
+		err = s.admit(c.Peer(), tokenOf(first))
+	}
+	s.gate.leave(who)
+	if err == nil {
+		err = s.dispatch(ctx, stop, c, first)
+	}
+	if err != nil && ctx.Err() == nil {
+		s.refuse(c.Peer(), err)
+		s.tell(c, first, err)
+	}
+}
+
+// first reads the message that says what a connection is for.
+func (s *server) first(c *transport.Conn) (wire.Message, error) {
+	c.SetReadDeadline(time.Now().Add(s.times.first))
+	defer c.SetReadDeadline(time.Time{})
+	t, body, err := wire.NewReader(c, wire.MaxFirst).Next()
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, fmt.Errorf("no first message within %v", s.times.first)
+	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET):
+		return nil, errors.New("closed before its first message was complete")
+	case err != nil:
+		return nil, err
+	}
+	return wire.ToHost(t, body)
+}
+
+func tokenOf(m wire.Message) []byte {
+	switch m := m.(type) {
+	case *wire.Init:
+		return m.Token
+	case *wire.StreamOpen:
+		return m.Token
+	case *wire.NotifyOpen2:
+		return m.Token
+	case *wire.EventOpen:
+		return m.Token
+	}
+	return nil
+}
+
+// dispatch serves a connection by its first message. Its error is for the
+// peer, who has had no answer yet. Stop keeps ctx from closing c.
+func (s *server) dispatch(ctx context.Context, stop func() bool, c *transport.Conn, first wire.Message) error {
+	switch m := first.(type) {
+	case *wire.Init:
+		ss, err := s.session(ctx, c.Peer(), m)
+		if err != nil {
+			return err
+		}
+		// The session closes its channel itself: when the host ends it still
+		// has something to say there.
+		stop()
+		ss.serveControl(c, m)
+		return nil
+	case *wire.StreamOpen:
+		ss, err := s.find(c.Peer(), m.SessionID)
+		if err != nil {
+			return err
+		}
+		return ss.openStream(c, m)
+	case *wire.NotifyOpen2:
+		ss, err := s.find(c.Peer(), m.SessionID)
+		if err != nil {
+			return err
+		}
+		return ss.openNotify(c, m)
+	case *wire.EventOpen:
+		ss, err := s.find(c.Peer(), m.SessionID)
+		if err != nil {
+			return err
+		}
+		return ss.openEvents(c, m)
+	case *wire.NotifyOpen:
+		return s.openNotifyV1(c, m)
+	}
+	return fmt.Errorf("%w: a connection does not begin with %T", wire.ErrProtocol, first)
+}
+
+// tell sends a peer of version 2 why it is refused. One of version 1 has no
+// ear for that.
+func (s *server) tell(c *transport.Conn, first wire.Message, err error) {
+	errno := errnoOf(err)
+	if errno == unix.EIO {
+		errno = unix.EPERM
+	}
+	var answer wire.Message
+	switch m := first.(type) {
+	case *wire.Init:
+		if m.Version < wire.Version2 {
+			return
+		}
+		answer = &wire.Refused{Errno: errno, Text: err.Error()}
+	case *wire.StreamOpen, *wire.NotifyOpen2, *wire.EventOpen:
+		answer = &wire.OpenReply{Errno: errno, Text: err.Error()}
+	default:
+		return
+	}
+	c.SetWriteDeadline(time.Now().Add(s.times.write))
+	// Whether it arrives is the peer's loss.
+	_ = wire.Write(c, answer)
+}
+
+// session returns the session of an Init: a new one, or the one that lost its
+// control channel.
+func (s *server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*session, error) {
+	if m.MinVersion > wire.Version2 {
+		return nil, fmt.Errorf("the guest speaks version %d of the protocol and above, this host up to %d: upgrade the host", m.MinVersion, wire.Version2)
+	}
+	who := identify(p)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for ss := range s.sessions {
+		if ss.ctx.Err() != nil {
+			continue
+		}
+		if ss.resumes(p, m) {
+			if ss.who != who {
+				return nil, fmt.Errorf("%w: that session is another peer's", unix.EPERM)
+			}
+			return ss, nil
+		}
+		if ss.who == who {
+			n++
+		}
+	}
+	if n >= maxSessions {
+		return nil, fmt.Errorf("%d sessions of this guest already: end one of its daemons", n)
+	}
+	ss := newSession(ctx, s, p, m)
+	s.sessions[ss] = true
+	s.wg.Go(ss.run)
+	return ss, nil
+}
+
+// find returns the session that a further connection of p belongs to.
+func (s *server) find(p transport.Peer, id [16]byte) (*session, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for ss := range s.sessions {
+		// Another's session is as good as none, also in what p is told.
+		if ss.version >= wire.Version2 && ss.id == id && ss.who == identify(p) && ss.ctx.Err() == nil {
+			return ss, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: no session of this peer has that id: open a control channel first", unix.ENOENT)
+}
+
+// openNotifyV1 finds the mount that a notify channel of version 1 is for: it
+// tells no more than the mount point.
+func (s *server) openNotifyV1(c *transport.Conn, m *wire.NotifyOpen) error {
+	p := c.Peer()
+	s.mu.Lock()
+	var found *mount
+	var owner *session
+	for ss := range s.sessions {
+		if ss.version == wire.Version1 && ss.who == identify(p) && ss.sameProcess(p) {
+			if mt := ss.mountAt(m.Dir); mt != nil {
+				owner, found = ss, mt
+			}
+		}
+	}
+	s.mu.Unlock()
+	if found == nil {
+		return fmt.Errorf("%w: notify channel for %s, where this host has mounted nothing", unix.ENOENT, quote(m.Dir))
+	}
+	owner.keepNotify(c, found)
+	return nil
+}

@@ -1,0 +1,446 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package host
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/wire"
+)
+
+// session is one guest daemon: its control channel, its mounts, and the worker
+// that serves them. It lasts while it has a control channel or a mount in use.
+//
+// Its context ends it; the cause is the reason.
+type session struct {
+	srv     *server
+	who     identity
+	peer    transport.Peer // of the control connection that made it
+	version uint16         // that is spoken
+	id      [16]byte       // version 2
+	socket  string         // version 2: where the guest says that it listens
+	log     *slog.Logger
+	relay   *limiter // of the guest's log texts
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	seen    atomic.Int64 // when the guest last gave a sign of life, Unix time in ns
+	work    sync.WaitGroup
+	busy    chan struct{} // one for each request being worked on
+
+	starting sync.Mutex // serializes starting the worker; taken before mu
+
+	mu      sync.Mutex // guards the rest
+	worker  *workerProc
+	control *control // nil while it is lost
+	mounts  map[uint32]*mount
+	next    uint32                       // MountID, or ID of a question to the guest, used last
+	waiting map[uint32]chan wire.Message // for answers of the guest, by ID
+	events  *transport.Conn
+}
+
+// mount is one mount of an export by one guest.
+type mount struct {
+	id     uint32
+	export *Export
+	dir    string // in the guest
+	done   chan struct{}
+
+	// Guarded by the session's mu.
+	asked   bool        // by the host
+	opened  bool        // its stream came
+	stood   bool        // its notify channel came: the guest had mounted it
+	reason  wire.Reason // why it ended, if the guest said so
+	notify  *transport.Conn
+	timeout *time.Timer // until opened
+}
+
+var errGuestGone = errors.New("the guest closed its control channel and has no mount")
+
+func newSession(ctx context.Context, s *server, p transport.Peer, m *wire.Init) *session {
+	ss := &session{
+		srv: s, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, socket: m.Socket,
+		log: s.log.With("guest", p.String()), relay: newLimiter(100, 10), busy: make(chan struct{}, maxRequests),
+		mounts: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
+	}
+	ss.ctx, ss.cancel = context.WithCancelCause(ctx)
+	return ss
+}
+
+// resumes says whether an Init is of this session, whose control channel was
+// lost or is about to be found lost.
+func (ss *session) resumes(p transport.Peer, m *wire.Init) bool {
+	if m.Version >= wire.Version2 {
+		return ss.version >= wire.Version2 && ss.id == m.SessionID
+	}
+	// Version 1 has no session: it is known by the peer.
+	return ss.version == wire.Version1 && ss.who == identify(p) && ss.sameProcess(p) && ss.lost()
+}
+
+// sameProcess tells guests over one Unix socket apart.
+func (ss *session) sameProcess(p transport.Peer) bool {
+	return p.Family != transport.Unix || p.PID == ss.peer.PID
+}
+
+func (ss *session) lost() bool {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return ss.control == nil
+}
+
+// run waits for the session's end and takes it apart.
+func (ss *session) run() {
+	<-ss.ctx.Done()
+	if ss.srv.shutdown(ss.ctx) {
+		ss.goodbye()
+	}
+	ss.srv.mu.Lock()
+	delete(ss.srv.sessions, ss)
+	ss.srv.mu.Unlock()
+
+	ss.mu.Lock()
+	if ss.control != nil {
+		ss.control.Close()
+	}
+	if ss.events != nil {
+		ss.events.Close()
+	}
+	for _, m := range ss.mounts {
+		ss.endLocked(m)
+	}
+	ss.mu.Unlock()
+	ss.starting.Lock() // nobody starts a worker after this: see startWorker
+	w := ss.worker
+	ss.starting.Unlock()
+	if w != nil {
+		w.close()
+	}
+	ss.work.Wait()
+	ss.log.Info("session ended", "reason", context.Cause(ss.ctx))
+}
+
+// shutdown says whether a session's end is the server's.
+func (s *server) shutdown(ctx context.Context) bool {
+	return errors.Is(context.Cause(ctx), context.Canceled)
+}
+
+// startWorker returns the session's worker, started if need be.
+func (ss *session) startWorker() (*workerProc, error) {
+	ss.starting.Lock()
+	defer ss.starting.Unlock()
+	if err := ss.ctx.Err(); err != nil {
+		return nil, fmt.Errorf("the session has ended: %w", unix.ESHUTDOWN)
+	}
+	if ss.worker != nil {
+		return ss.worker, nil
+	}
+	c := ss.srv.limits
+	var suid, dev bool
+	for _, e := range ss.srv.visible(ss.peer) {
+		suid, dev = suid || e.Suid, dev || e.Dev
+		if e.ReadOnly {
+			c.ReadOnly = append(c.ReadOnly, e.Dir)
+		} else {
+			c.ReadWrite = append(c.ReadWrite, e.Dir)
+		}
+	}
+	c.Caps = serverCaps(suid, dev)
+	w, err := startWorker(c, ss.log, ss.mountEnded, func(err error) {
+		if err != nil {
+			ss.log.Error("worker died: its session ends, no other", "error", err)
+			ss.cancel(fmt.Errorf("its worker died: %w", err))
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	ss.mu.Lock()
+	ss.worker = w
+	ss.mu.Unlock()
+	return w, nil
+}
+
+// addMount gives the worker an export to serve, under a new MountID.
+func (ss *session) addMount(e *Export, dir string) (*mount, error) {
+	w, err := ss.startWorker()
+	if err != nil {
+		return nil, err
+	}
+	m := &mount{export: e, dir: dir, done: make(chan struct{})}
+	ss.mu.Lock()
+	if len(ss.mounts) >= maxMounts {
+		ss.mu.Unlock()
+		return nil, fmt.Errorf("%w: this guest has %d mounts already", unix.EMFILE, maxMounts)
+	}
+	ss.next++
+	m.id = ss.next
+	m.timeout = time.AfterFunc(ss.srv.times.stream, func() { ss.drop(m, "no stream came for it") })
+	ss.mounts[m.id] = m
+	ss.mu.Unlock()
+	if err := w.mount(m.id, e); err != nil {
+		ss.mu.Lock()
+		if ss.mounts[m.id] == m {
+			ss.endLocked(m)
+		}
+		ss.mu.Unlock()
+		return nil, err
+	}
+	return m, nil
+}
+
+// passStream gives c, the stream of m, to the worker. The caller closes c.
+func (ss *session) passStream(m *mount, c *transport.Conn) error {
+	ss.mu.Lock()
+	w := ss.worker
+	switch {
+	case ss.mounts[m.id] != m:
+		ss.mu.Unlock()
+		return fmt.Errorf("%w: mount %d has ended", unix.ENOENT, m.id)
+	case m.opened:
+		ss.mu.Unlock()
+		return fmt.Errorf("%w: mount %d has its stream", unix.EBUSY, m.id)
+	}
+	m.opened = true
+	m.timeout.Stop()
+	ss.mu.Unlock()
+	if err := w.stream(m.id, c); err != nil {
+		ss.drop(m, "its stream could not be served")
+		return err
+	}
+	return nil
+}
+
+// drop ends a mount that is of no use.
+func (ss *session) drop(m *mount, why string) {
+	ss.mu.Lock()
+	w, there := ss.worker, ss.mounts[m.id] == m
+	ss.mu.Unlock()
+	if !there {
+		return
+	}
+	// The worker may be dead, and then the session ends.
+	_ = w.unmount(m.id)
+	ss.mountEnded(m.id, why)
+}
+
+// mountEnded forgets a mount, whose streams are closed. An empty text says
+// that it ended in order.
+func (ss *session) mountEnded(id uint32, text string) {
+	ss.mu.Lock()
+	m := ss.mounts[id]
+	if m != nil {
+		ss.endLocked(m)
+	}
+	over := ss.control == nil && len(ss.mounts) == 0
+	ss.mu.Unlock()
+	if m == nil {
+		return
+	}
+	if text == "" {
+		ss.log.Info("mount ended", "tag", m.export.Tag, "dir", quote(m.dir))
+	} else {
+		ss.log.Warn("mount ended", "tag", m.export.Tag, "dir", quote(m.dir), "reason", quote(text))
+	}
+	if over {
+		ss.cancel(errGuestGone)
+	}
+}
+
+// endLocked takes m out of the table. Precondition: ss.mu is held.
+func (ss *session) endLocked(m *mount) {
+	delete(ss.mounts, m.id)
+	m.timeout.Stop()
+	if m.notify != nil {
+		m.notify.Close()
+	}
+	close(m.done)
+}
+
+// mountAt returns the mount at dir, or nil.
+func (ss *session) mountAt(dir string) *mount {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	for _, m := range ss.mounts {
+		if m.dir == dir {
+			return m
+		}
+	}
+	return nil
+}
+
+// openStream serves the connection of a mount's stream.
+func (ss *session) openStream(c *transport.Conn, o *wire.StreamOpen) error {
+	ss.mu.Lock()
+	m := ss.mounts[o.MountID]
+	ss.mu.Unlock()
+	if m == nil || o.Index != 0 {
+		return fmt.Errorf("%w: no stream %d of a mount %d is expected", unix.ENOENT, o.Index, o.MountID)
+	}
+	if o.Received != 0 || o.Sent != 0 {
+		return fmt.Errorf("%w: a stream cannot be resumed", unix.EOPNOTSUPP)
+	}
+	if err := ss.passStream(m, c); err != nil {
+		return err
+	}
+	// The worker reads c from now on, and is silent until the guest, which
+	// waits for this, has sent its first request.
+	c.SetWriteDeadline(time.Now().Add(ss.srv.times.write))
+	if err := wire.Write(c, &wire.OpenReply{}); err != nil {
+		c.Shutdown()
+		ss.log.Warn("stream lost before it began", "tag", m.export.Tag, "error", err)
+	}
+	return nil
+}
+
+// openNotify serves a notify channel of version 2.
+func (ss *session) openNotify(c *transport.Conn, o *wire.NotifyOpen2) error {
+	ss.mu.Lock()
+	m := ss.mounts[o.MountID]
+	ss.mu.Unlock()
+	if m == nil {
+		return fmt.Errorf("%w: notify channel for mount %d, which there is not", unix.ENOENT, o.MountID)
+	}
+	c.SetWriteDeadline(time.Now().Add(ss.srv.times.write))
+	if err := wire.Write(c, &wire.OpenReply{}); err != nil {
+		return nil // it is gone, and needs no answer
+	}
+	ss.keepNotify(c, m)
+	return nil
+}
+
+// keepNotify keeps the notify channel of m until it ends, and reads the
+// guest's answers: the errno of each write to its device.
+func (ss *session) keepNotify(c *transport.Conn, m *mount) {
+	ss.mu.Lock()
+	if ss.mounts[m.id] != m {
+		ss.mu.Unlock()
+		return
+	}
+	if m.notify != nil {
+		m.notify.Close()
+	}
+	first := !m.stood
+	m.notify, m.stood = c, true
+	ss.mu.Unlock()
+	if first {
+		ss.log.Info("mounted", "tag", m.export.Tag, "dir", quote(m.dir), "read_only", m.export.ReadOnly)
+	}
+	var b [4]byte
+	for {
+		if _, err := io.ReadFull(c, b[:]); err != nil {
+			break
+		}
+		if errno := binary.LittleEndian.Uint32(b[:]); errno != 0 {
+			ss.log.Debug("notification refused by the guest's kernel", "tag", m.export.Tag, "errno", errno)
+		}
+	}
+	ss.mu.Lock()
+	if m.notify == c {
+		m.notify = nil
+	}
+	ss.mu.Unlock()
+}
+
+// openEvents keeps the session's event channel until it ends.
+func (ss *session) openEvents(c *transport.Conn, o *wire.EventOpen) error {
+	ss.mu.Lock()
+	if ss.ctx.Err() != nil {
+		ss.mu.Unlock()
+		return fmt.Errorf("%w: the session has ended", unix.ESHUTDOWN)
+	}
+	if ss.events != nil {
+		ss.events.Close()
+	}
+	ss.events = c
+	ss.mu.Unlock()
+	defer func() {
+		ss.mu.Lock()
+		if ss.events == c {
+			ss.events = nil
+		}
+		ss.mu.Unlock()
+	}()
+	c.SetWriteDeadline(time.Now().Add(ss.srv.times.write))
+	if err := wire.Write(c, &wire.OpenReply{}); err != nil {
+		return nil // it is gone, and needs no answer
+	}
+	r := wire.NewReader(c, wire.MaxControl)
+	for {
+		t, body, err := r.Next()
+		if err != nil {
+			return nil
+		}
+		if m, err := wire.ToHost(t, body); err != nil {
+			ss.log.Warn("event channel closed: the guest broke the protocol", "error", err)
+			return nil
+		} else if d, ok := m.(*wire.EventDone); ok {
+			ss.log.Debug("event done", "number", d.Number, "errno", d.Errno)
+		}
+	}
+}
+
+// unmounted notes that the guest has unmounted.
+func (ss *session) unmounted(u *wire.Unmounted) {
+	ss.mu.Lock()
+	m := ss.mounts[u.MountID]
+	if m != nil {
+		m.reason = cmp.Or(u.Reason, wire.ReasonAsked)
+	}
+	ss.mu.Unlock()
+	if m != nil {
+		ss.drop(m, u.Text)
+	}
+}
+
+// exports returns what the guest may mount.
+func (ss *session) exports() []wire.ExportInfo {
+	var es []wire.ExportInfo
+	for _, e := range ss.srv.visible(ss.peer) {
+		es = append(es, wire.ExportInfo{Tag: e.Tag, ReadOnly: e.ReadOnly})
+	}
+	slices.SortFunc(es, func(a, b wire.ExportInfo) int { return cmp.Compare(a.Tag, b.Tag) })
+	return es
+}
+
+// goodbye has the guest unmount what the host asked for, since nobody else
+// would: the guest's own mounts wait for the host to come back.
+func (ss *session) goodbye() {
+	ss.mu.Lock()
+	c := ss.control
+	var asked []*mount
+	for _, m := range ss.mounts {
+		if m.asked {
+			asked = append(asked, m)
+		}
+	}
+	ss.mu.Unlock()
+	if c == nil || ss.version < wire.Version2 {
+		return // the end of its stream unmounts one of version 1
+	}
+	timeout := time.After(ss.srv.times.goodbye)
+	for _, m := range asked {
+		id, _ := ss.expect()
+		if c.send(&wire.UnmountAsk{ID: id, MountID: m.id, Reason: wire.ReasonShutdown, Text: "the host ends"}) != nil {
+			return
+		}
+	}
+	for _, m := range asked {
+		select {
+		case <-m.done:
+		case <-timeout:
+			return
+		}
+	}
+}

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/ipc"
+	"transfused.org/transfused/service/passthrough"
+	"transfused.org/transfused/service/transport"
+)
+
+// RoleWorker is the role of a process that serves one guest session.
+const RoleWorker = "worker"
+
+// order is what the parent has a worker do. Each is answered by a report with
+// its ID.
+type order struct {
+	ID      uint64
+	Start   *confinement  `json:",omitempty"` // first of all, once
+	Mount   *mountOrder   `json:",omitempty"` // with the export's directory
+	Stream  *streamOrder  `json:",omitempty"` // with the connection
+	Unmount *unmountOrder `json:",omitempty"`
+}
+
+type mountOrder struct {
+	MountID uint32
+	Tag     string
+	Options Options
+}
+
+type streamOrder struct {
+	MountID uint32
+	Peer    transport.Peer
+}
+
+type unmountOrder struct{ MountID uint32 }
+
+// report is what a worker tells its parent: the answer to an order, or
+// something that happened.
+type report struct {
+	ID       uint64        `json:",omitempty"` // of the order
+	Errno    syscall.Errno `json:",omitempty"` // of the order
+	Text     string        `json:",omitempty"`
+	Warnings []string      `json:",omitempty"` // of Start
+	Ended    *endedReport  `json:",omitempty"`
+	Log      *logReport    `json:",omitempty"`
+}
+
+// endedReport says that the last stream of a mount ended, and the mount with
+// it. Text is empty when that was in order.
+type endedReport struct {
+	MountID uint32
+	Text    string
+}
+
+// worker serves the streams of one session. Its parent has the guest's other
+// channels.
+type worker struct {
+	conn   *ipc.Conn
+	log    *slog.Logger
+	procFD *os.File
+
+	// For tests: what to do once confined, and how a stream is served.
+	confined func(procFD *os.File)
+	serve    func(*passthrough.FS, io.ReadWriteCloser) error
+
+	streams sync.WaitGroup
+	mu      sync.Mutex // guards the rest, and what is in mounts
+	mounts  map[uint32]*workerMount
+	limits  map[string]*passthrough.Limits // by tag, of exports that have their own; "" of the others
+}
+
+type workerMount struct {
+	fs    *passthrough.FS
+	conns map[*transport.Conn]bool
+}
+
+// Worker is the main of a worker process, with the connection to its parent.
+// It returns when the parent is gone, which is also how it is told to end.
+func Worker(c *ipc.Conn) error {
+	return newWorker(c).run()
+}
+
+func newWorker(c *ipc.Conn) *worker {
+	w := &worker{conn: c, mounts: map[uint32]*workerMount{}, limits: map[string]*passthrough.Limits{}, serve: (*passthrough.FS).Serve}
+	w.log = slog.New(reportHandler{w, nil})
+	return w
+}
+
+func (w *worker) run() error {
+	// A terminal's ^C is for the parent, which then ends its workers.
+	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGPIPE)
+	for {
+		var o order
+		files, err := w.conn.Recv(&o)
+		if err == io.EOF {
+			w.end()
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("worker: %w", err)
+		}
+		r := w.obey(&o, files)
+		r.ID = o.ID
+		if err := w.conn.Send(r); err != nil {
+			return fmt.Errorf("worker: %w", err)
+		}
+	}
+}
+
+// obey does what o says. The files are its own from here on.
+func (w *worker) obey(o *order, files []*os.File) (r report) {
+	var err error
+	used := false
+	switch {
+	case o.Start != nil && w.procFD == nil:
+		w.procFD, r.Warnings, err = confine(*o.Start)
+		if err == nil && w.confined != nil {
+			w.confined(w.procFD)
+		}
+	case w.procFD == nil:
+		err = errors.New("not started")
+	case o.Mount != nil && len(files) == 1:
+		used = true
+		err = w.mount(o.Mount, files[0])
+	case o.Stream != nil && len(files) == 1:
+		used = true
+		err = w.stream(o.Stream, files[0])
+	case o.Unmount != nil:
+		w.unmount(o.Unmount.MountID)
+	default:
+		err = errors.New("unknown order")
+	}
+	if !used {
+		for _, f := range files {
+			f.Close()
+		}
+	}
+	if err != nil {
+		r.Errno, r.Text = errnoOf(err), err.Error()
+	}
+	return r
+}
+
+func (w *worker) mount(o *mountOrder, root *os.File) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.mounts[o.MountID] != nil {
+		root.Close()
+		return fmt.Errorf("mount %d: %w", o.MountID, unix.EEXIST)
+	}
+	fs, err := passthrough.New(passthrough.Config{
+		Root: root, Name: o.Tag, ProcFD: w.procFD, Limits: w.limitsOf(o),
+		ReadOnly: o.Options.ReadOnly, Suid: o.Options.Suid, Dev: o.Options.Dev, ACL: o.Options.ACL,
+		RootAs: o.Options.Root, UIDs: o.Options.UIDs, GIDs: o.Options.GIDs, Squash: o.Options.Squash,
+		Submounts: o.Options.Submounts, Xattr: o.Options.Xattr, XattrMap: o.Options.XattrMap,
+		Log: w.log.With("tag", o.Tag),
+	})
+	if err != nil {
+		return fmt.Errorf("export %s: %w", o.Tag, err)
+	}
+	w.mounts[o.MountID] = &workerMount{fs: fs, conns: map[*transport.Conn]bool{}}
+	return nil
+}
+
+// limitsOf returns the limits of a mount: those of its session, or of all
+// mounts of its export. Precondition: w.mu is held.
+func (w *worker) limitsOf(o *mountOrder) *passthrough.Limits {
+	key := ""
+	l := &passthrough.Limits{}
+	if o.Options.MaxOpenFiles > 0 || o.Options.MaxInodes > 0 {
+		key = o.Tag
+		l.Files, l.Nodes = int64(o.Options.MaxOpenFiles), int64(o.Options.MaxInodes)
+	}
+	if w.limits[key] == nil {
+		w.limits[key] = l
+	}
+	return w.limits[key]
+}
+
+func (w *worker) stream(o *streamOrder, f *os.File) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	m := w.mounts[o.MountID]
+	if m == nil {
+		f.Close()
+		return fmt.Errorf("mount %d: %w", o.MountID, unix.ENOENT)
+	}
+	c := transport.NewConn(f, o.Peer)
+	m.conns[c] = true
+	w.streams.Go(func() {
+		err := w.serve(m.fs, c)
+		c.Shutdown() // the parent may still hold a duplicate
+		c.Close()
+		w.ended(o.MountID, m, c, err)
+	})
+	return nil
+}
+
+// ended takes away a stream, and with the last one its mount.
+func (w *worker) ended(id uint32, m *workerMount, c *transport.Conn, err error) {
+	w.mu.Lock()
+	delete(m.conns, c)
+	last := len(m.conns) == 0
+	if last && w.mounts[id] == m {
+		delete(w.mounts, id)
+	}
+	w.mu.Unlock()
+	if !last {
+		return
+	}
+	if cerr := m.fs.Close(); err == nil {
+		err = cerr
+	}
+	r := endedReport{MountID: id}
+	if err != nil {
+		r.Text = err.Error()
+	}
+	// A parent that is gone needs no report; run sees its end.
+	_ = w.conn.Send(report{Ended: &r})
+}
+
+// unmount ends the streams of a mount, and with them the mount.
+func (w *worker) unmount(id uint32) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	m := w.mounts[id]
+	if m == nil {
+		return
+	}
+	if len(m.conns) == 0 {
+		delete(w.mounts, id)
+		if err := m.fs.Close(); err != nil {
+			w.log.Warn("unmount", "mount", id, "error", err)
+		}
+		return
+	}
+	for c := range m.conns {
+		c.Shutdown()
+	}
+}
+
+// end shuts all streams and waits for them.
+func (w *worker) end() {
+	w.mu.Lock()
+	for _, m := range w.mounts {
+		for c := range m.conns {
+			c.Shutdown()
+		}
+	}
+	w.mu.Unlock()
+	w.streams.Wait()
+}
+
+// logReport is a line for the parent's log.
+type logReport struct {
+	Level slog.Level
+	Text  string
+}
+
+// reportHandler sends log records to the parent, as one text each: the parent
+// believes no structure of a worker.
+type reportHandler struct {
+	w     *worker
+	attrs []slog.Attr
+}
+
+var _ slog.Handler = reportHandler{}
+
+func (h reportHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= slog.LevelInfo }
+
+func (h reportHandler) Handle(_ context.Context, r slog.Record) error {
+	text := r.Message
+	add := func(a slog.Attr) bool {
+		text += " " + a.String()
+		return true
+	}
+	for _, a := range h.attrs {
+		add(a)
+	}
+	r.Attrs(add)
+	return h.w.conn.Send(report{Log: &logReport{r.Level, text[:min(len(text), 4*maxLogged)]}})
+}
+
+func (h reportHandler) WithAttrs(as []slog.Attr) slog.Handler {
+	return reportHandler{h.w, append(h.attrs[:len(h.attrs):len(h.attrs)], as...)}
+}
+
+// WithGroup is not needed by a worker's packages.
+func (h reportHandler) WithGroup(string) slog.Handler { return h }

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/ipc"
+	"transfused.org/transfused/service/transport"
+)
+
+const (
+	// orderTime bounds an order. A worker that takes longer is broken.
+	orderTime = 20 * time.Second
+	// endTime is what a worker has to end by itself.
+	endTime = 3 * time.Second
+)
+
+// workerProc is the parent's side of a worker. What it reports is not
+// believed further than its own session goes.
+type workerProc struct {
+	proc  *ipc.Process
+	log   *slog.Logger
+	limit *limiter
+
+	// ended is called for each mount that ended, and died once at the end,
+	// with nil when close asked for it.
+	ended func(id uint32, text string)
+	died  func(error)
+
+	done chan struct{} // closed after died
+
+	mu      sync.Mutex // guards the rest
+	next    uint64
+	waiting map[uint64]chan report
+	closing bool
+}
+
+// startWorker starts a worker and has it confine itself.
+func startWorker(c confinement, log *slog.Logger, ended func(uint32, string), died func(error)) (*workerProc, error) {
+	p, err := ipc.Start(RoleWorker, workerAttr())
+	if err != nil {
+		return nil, err
+	}
+	w := &workerProc{
+		proc: p, log: log.With("worker", p.Pid()), limit: newLimiter(50, 5), ended: ended, died: died,
+		done: make(chan struct{}), waiting: map[uint64]chan report{},
+	}
+	go w.read()
+	r, err := w.order(order{Start: &c})
+	if err != nil {
+		w.close()
+		return nil, fmt.Errorf("confine the worker: %w", err)
+	}
+	for _, text := range r.Warnings {
+		w.log.Warn("worker is less confined than it should be", "reason", quote(text))
+	}
+	return w, nil
+}
+
+// read takes the worker's reports until its end. It is the owner of the
+// process.
+func (w *workerProc) read() {
+	defer close(w.done)
+	for {
+		var r report
+		files, err := w.proc.Recv(&r)
+		for _, f := range files {
+			f.Close() // a worker has nothing to give
+		}
+		if err != nil {
+			break // also when it sends rubbish: then it is killed below
+		}
+		switch {
+		case r.ID != 0:
+			w.mu.Lock()
+			ch := w.waiting[r.ID]
+			delete(w.waiting, r.ID)
+			w.mu.Unlock()
+			if ch != nil {
+				ch <- r
+			}
+		case r.Ended != nil:
+			w.ended(r.Ended.MountID, r.Ended.Text)
+		case r.Log != nil:
+			if ok, dropped := w.limit.allow(time.Now()); ok {
+				w.log.Log(context.Background(), min(r.Log.Level, slog.LevelError), quote(r.Log.Text), droppedAttr(dropped)...)
+			}
+		}
+	}
+	w.mu.Lock()
+	asked := w.closing
+	w.mu.Unlock()
+	timer := time.AfterFunc(endTime, func() { w.proc.Kill() })
+	if !asked {
+		// Its end of the connection is gone, and so must it be.
+		w.proc.Close()
+		timer.Reset(100 * time.Millisecond)
+	}
+	err := w.proc.Wait()
+	timer.Stop()
+	w.mu.Lock()
+	for id, ch := range w.waiting {
+		delete(w.waiting, id)
+		close(ch)
+	}
+	w.waiting = nil
+	w.mu.Unlock()
+	if asked {
+		err = nil
+	} else if err == nil {
+		err = errors.New("ended by itself")
+	}
+	w.died(err)
+}
+
+// order has the worker do o, and waits for its answer. The files stay the
+// caller's.
+func (w *workerProc) order(o order, files ...*os.File) (report, error) {
+	ch := make(chan report, 1)
+	w.mu.Lock()
+	if w.waiting == nil {
+		w.mu.Unlock()
+		return report{}, errWorkerGone
+	}
+	w.next++
+	o.ID = w.next
+	w.waiting[o.ID] = ch
+	w.mu.Unlock()
+	// A worker that reads no orders would block Send: it is killed then, too.
+	timer := time.AfterFunc(orderTime, func() { w.proc.Kill() })
+	defer timer.Stop()
+	if err := w.proc.Send(o, files...); err != nil {
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, os.ErrClosed) {
+			err = errWorkerGone
+		}
+		return report{}, err
+	}
+	r, ok := <-ch
+	if !ok {
+		return report{}, errWorkerGone
+	}
+	if r.Errno != 0 || r.Text != "" {
+		return r, &workerError{r.Errno, r.Text}
+	}
+	return r, nil
+}
+
+var errWorkerGone = fmt.Errorf("the worker has ended: %w", unix.EIO)
+
+// workerError is what a worker answered.
+type workerError struct {
+	errno unix.Errno
+	text  string
+}
+
+func (e *workerError) Error() string { return e.text }
+func (e *workerError) Unwrap() error { return e.errno }
+
+func (w *workerProc) mount(id uint32, e *Export) error {
+	root, err := openExport(e)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	_, err = w.order(order{Mount: &mountOrder{id, e.Tag, e.Options}}, root)
+	return err
+}
+
+// stream passes c on. The caller still has c, and closes it.
+func (w *workerProc) stream(id uint32, c *transport.Conn) error {
+	f, err := c.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = w.order(order{Stream: &streamOrder{id, c.Peer()}}, f)
+	return err
+}
+
+func (w *workerProc) unmount(id uint32) error {
+	_, err := w.order(order{Unmount: &unmountOrder{id}})
+	return err
+}
+
+// close has the worker end, by force if need be, and waits for it.
+func (w *workerProc) close() {
+	w.mu.Lock()
+	w.closing = true
+	w.mu.Unlock()
+	// Its Recv then returns the end of file, and ours an error.
+	w.proc.Close()
+	<-w.done
+}
+
+// droppedAttr tells of log lines that were left out.
+func droppedAttr(n int) []any {
+	if n == 0 {
+		return nil
+	}
+	return []any{"left_out_before", n}
+}
