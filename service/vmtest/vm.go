@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -31,6 +32,9 @@ type Config struct {
 type VM struct {
 	work      string
 	processes []*process // in the order of their start; the last is QEMU
+	states    net.Listener
+	ready     chan struct{} // closed when the guest's systemd says so
+	listening sync.WaitGroup
 }
 
 // Boot boots a VM and returns when its systemd has started every unit. Close it in the end.
@@ -40,18 +44,17 @@ func Boot(ctx context.Context, im *Images, c Config) (_ *VM, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("vm: %w", err)
 	}
-	vm := &VM{work: work}
+	vm := &VM{work: work, ready: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("vm: %w\n%s", err, vm.Logs())
 			vm.Close()
 		}
 	}()
-	ready, err := net.Listen("unix", fmt.Sprintf("%s_%d", vm.Socket(), notifyPort))
-	if err != nil {
+	if vm.states, err = net.Listen("unix", fmt.Sprintf("%s_%d", vm.Socket(), notifyPort)); err != nil {
 		return nil, err
 	}
-	defer ready.Close()
+	vm.listening.Go(vm.takeStates)
 
 	room := room{tools: filepath.Join(im.Tools, "root"), work: work, image: im.Guest, share: c.Share}
 	err = vm.serve(ctx, room, "vhost.sock", "vhost-device-vsock", "--guest-cid=7",
@@ -88,7 +91,7 @@ func Boot(ctx context.Context, im *Images, c Config) (_ *VM, err error) {
 	if err := vm.start(room, c.Interactive, args...); err != nil {
 		return nil, err
 	}
-	return vm, vm.waitReady(ctx, ready)
+	return vm, vm.waitReady(ctx)
 }
 
 // Socket is the VM's hybrid vsock socket: a program of this machine reaches the guest's
@@ -117,6 +120,10 @@ func (vm *VM) Wait() { <-vm.processes[len(vm.processes)-1].done }
 func (vm *VM) Close() error {
 	for _, p := range vm.processes {
 		p.stop()
+	}
+	if vm.states != nil {
+		vm.states.Close()
+		vm.listening.Wait()
 	}
 	return os.RemoveAll(vm.work)
 }
@@ -209,33 +216,34 @@ func listens(name string) bool {
 	return false
 }
 
-// waitReady takes the messages of the guest's systemd until it says that it is up.
-func (vm *VM) waitReady(ctx context.Context, l net.Listener) error {
+// takeStates takes the messages of the guest's systemd. It does so until the end, since systemd
+// waits for each to be taken.
+func (vm *VM) takeStates() {
+	up := sync.OnceFunc(func() { close(vm.ready) })
+	text := make([]byte, 4096)
+	for {
+		c, err := vm.states.Accept()
+		if err != nil {
+			return
+		}
+		// systemd waits for our end of the connection to close, and vhost-device-vsock does not
+		// pass its half-close on: one read takes the message, which is one small packet.
+		n, _ := c.Read(text) // a message that breaks off is not the one
+		c.Close()
+		if strings.Contains(string(text[:n]), "READY=1") {
+			up()
+		}
+	}
+}
+
+// waitReady waits until the guest is up.
+func (vm *VM) waitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
-	got := make(chan error, 1)
-	go func() {
-		text := make([]byte, 4096)
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				got <- err
-				return
-			}
-			// systemd waits for our end of the connection to close, and vhost-device-vsock does not
-			// pass its half-close on: one read takes the message, which is one small packet.
-			n, _ := c.Read(text) // a message that breaks off is not the one
-			c.Close()
-			if strings.Contains(string(text[:n]), "READY=1") {
-				got <- nil
-				return
-			}
-		}
-	}()
 	qemu := vm.processes[len(vm.processes)-1]
 	select {
-	case err := <-got:
-		return err
+	case <-vm.ready:
+		return nil
 	case <-qemu.done:
 		return fmt.Errorf("qemu ended during the boot: %v", qemu.err)
 	case <-ctx.Done():
