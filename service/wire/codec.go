@@ -212,12 +212,13 @@ func (c *codec) rest(field string, v *string, max int) {
 	*v = string(c.take(field, len(c.b)))
 }
 
-func (c *codec) restText(field string, v *string) {
+// restText is a rest for people, cut like text.
+func (c *codec) restText(field string, v *string, max int) {
 	s := *v
 	if c.enc {
-		s = cut(s, maxV1Text)
+		s = cut(s, max)
 	}
-	c.rest(field, &s, maxV1Text)
+	c.rest(field, &s, max)
 	if !c.enc {
 		*v = s
 	}

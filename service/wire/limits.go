@@ -32,5 +32,4 @@ const (
 	MaxOptions = 64   // mount options of one request
 	MaxExports = 1024 // exports in one ExportsReply
 	MaxErrno   = 4095 // MAX_ERRNO of the kernel
-	maxV1Text  = MaxControl - 8
 )

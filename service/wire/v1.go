@@ -148,7 +148,7 @@ func (*ErrorReply) Type() Type { return TypeErrorReply }
 
 func (m *ErrorReply) fields(c *codec) {
 	c.u16("id", &m.ID)
-	c.restText("text", &m.Text)
+	c.restText("text", &m.Text, MaxControl-headerLen-2)
 }
 
 // LogError is an error of the guest, for the host's log.
@@ -157,7 +157,7 @@ type LogError struct{ Text string }
 // Type is TypeLogError.
 func (*LogError) Type() Type { return TypeLogError }
 
-func (m *LogError) fields(c *codec) { c.restText("text", &m.Text) }
+func (m *LogError) fields(c *codec) { c.restText("text", &m.Text, MaxControl-headerLen) }
 
 // LogNotice is something to know about the guest, for the host's log.
 type LogNotice struct{ Text string }
@@ -165,7 +165,7 @@ type LogNotice struct{ Text string }
 // Type is TypeLogNotice.
 func (*LogNotice) Type() Type { return TypeLogNotice }
 
-func (m *LogNotice) fields(c *codec) { c.restText("text", &m.Text) }
+func (m *LogNotice) fields(c *codec) { c.restText("text", &m.Text, MaxControl-headerLen) }
 
 // Pong answers an event with ActionPing, on the control channel.
 type Pong struct{}
