@@ -114,7 +114,14 @@ func opSetattr(r *request) fuse.Errno {
 		}
 	}
 	if in.Valid&(fuse.FATTR_UID|fuse.FATTR_GID) != 0 {
-		if e := r.chown(fd, &in); e != 0 {
+		uid, gid := noID, noID
+		if in.Valid&fuse.FATTR_UID != 0 {
+			uid = in.UID
+		}
+		if in.Valid&fuse.FATTR_GID != 0 {
+			gid = in.GID
+		}
+		if e := r.fs.chown(fd, uid, gid); e != 0 {
 			return e
 		}
 	}
@@ -123,7 +130,7 @@ func opSetattr(r *request) fuse.Errno {
 		if n.typ == unix.S_IFLNK {
 			return unix.EOPNOTSUPP
 		}
-		if e := r.chmod(n, fd, in.Mode&0o7777); e != 0 {
+		if e := r.fs.chmod(fd, n.typ, in.Mode); e != 0 {
 			return e
 		}
 	}
@@ -156,27 +163,6 @@ func timeOf(set, now bool, sec uint64, nsec uint32) unix.Timespec {
 		return unix.Timespec{Nsec: unix.UTIME_NOW}
 	}
 	return unix.Timespec{Sec: int64(sec), Nsec: int64(nsec)}
-}
-
-func (r *request) chown(fd int, in *fuse.SetattrIn) fuse.Errno {
-	const leave = ^uint32(0)
-	uid, gid, ok := leave, leave, true
-	if in.Valid&fuse.FATTR_UID != 0 {
-		if uid, ok = r.fs.ids.uidIn(in.UID); !ok {
-			return unix.EINVAL
-		}
-	}
-	if in.Valid&fuse.FATTR_GID != 0 {
-		if gid, ok = r.fs.ids.gidIn(in.GID); !ok {
-			return unix.EINVAL
-		}
-	}
-	return fchownat(fd, emptyName, uid, gid, unix.AT_EMPTY_PATH)
-}
-
-func (r *request) chmod(n *node, fd int, mode uint32) fuse.Errno {
-	var b nameBuf
-	return fchmodat(r.fs.procFD, b.setInt(fd), r.fs.safeMode(n.typ, mode))
 }
 
 func (r *request) truncate(n *node, fd int, h *handle, size uint64) fuse.Errno {

@@ -25,8 +25,9 @@ func opMknod(r *request) fuse.Errno {
 	default:
 		return unix.EINVAL
 	}
-	mode := r.createMode(typ, in.Mode, in.Umask)
-	return r.make(func(dir int, name cname) fuse.Errno { return mknodat(dir, name, typ|mode, in.Rdev) })
+	return r.make(func(dir int, name cname) fuse.Errno {
+		return mknodat(dir, name, typ|r.fs.createMode(dir, typ, in.Mode, in.Umask), in.Rdev)
+	})
 }
 
 func opMkdir(r *request) fuse.Errno {
@@ -34,8 +35,9 @@ func opMkdir(r *request) fuse.Errno {
 	if !decode(r, &in) {
 		return unix.EINVAL
 	}
-	mode := r.createMode(unix.S_IFDIR, in.Mode, in.Umask)
-	return r.make(func(dir int, name cname) fuse.Errno { return mkdirat(dir, name, mode) })
+	return r.make(func(dir int, name cname) fuse.Errno {
+		return mkdirat(dir, name, r.fs.createMode(dir, unix.S_IFDIR, in.Mode, in.Umask))
+	})
 }
 
 func opSymlink(r *request) fuse.Errno {
@@ -51,12 +53,6 @@ func opSymlink(r *request) fuse.Errno {
 		return unix.ENAMETOOLONG
 	}
 	return r.makeNamed(name, func(dir int, name cname) fuse.Errno { return symlinkat(target, dir, name) })
-}
-
-// createMode is the mode to make something with. The process's own umask is 0; the guest's kernel has applied the caller's,
-// but with DONT_MASK, where the host's default ACL replaces it.
-func (r *request) createMode(typ, mode, umask uint32) uint32 {
-	return r.fs.safeMode(typ, mode&0o7777)
 }
 
 // make makes what the rest of the body names, as the caller, and replies with it.
@@ -125,7 +121,7 @@ func opCreate(r *request) fuse.Errno {
 	if e != 0 {
 		return e
 	}
-	mode := r.createMode(unix.S_IFREG, in.Mode, in.Umask)
+	mode := r.fs.createMode(dir, unix.S_IFREG, in.Mode, in.Umask)
 	if e := r.fs.takeFile(); e != 0 {
 		return e
 	}
@@ -207,7 +203,7 @@ func opTmpfile(r *request) fuse.Errno {
 		return e
 	}
 	var fd int
-	mode := r.createMode(unix.S_IFREG, in.Mode, in.Umask)
+	mode := r.fs.createMode(dir, unix.S_IFREG, in.Mode, in.Umask)
 	e = r.asCaller(func() (e fuse.Errno) {
 		// O_EXCL says that it will never get a name.
 		fd, e = openat(dir, dotName, flags|unix.O_TMPFILE|int(in.Flags)&unix.O_EXCL, mode)

@@ -132,3 +132,71 @@ func capset(c *caps) fuse.Errno {
 	_, _, errno := unix.RawSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&h)), uintptr(unsafe.Pointer(&c[0])), 0)
 	return errno
 }
+
+// asCaller runs fn, which makes a file, as the owner that the request's caller is on the host.
+func (r *request) asCaller(fn func() fuse.Errno) fuse.Errno {
+	fs := r.fs
+	if !fs.second.creds.foreign {
+		return fn()
+	}
+	uid, ok := fs.ids.uidIn(r.hdr.UID)
+	gid, ok2 := fs.ids.gidIn(r.hdr.GID)
+	if !ok || !ok2 {
+		return unix.EOVERFLOW // as for an owner that a file system cannot store
+	}
+	var group *uint32
+	if r.hasGroup && fs.ids.squash == nil {
+		if g, ok := fs.ids.gidIn(r.group); ok {
+			group = &g
+		}
+	}
+	return fs.second.creds.as(Cred{uid, gid}, group, fn)
+}
+
+// safeMode is mode without the bits that a guest may not plant: a set-id program would
+// run on the host as its owner, who is more than the guest. Set-group-id on a directory only makes files of its group.
+func (fs *FS) safeMode(typ, mode uint32) uint32 {
+	switch {
+	case typ == unix.S_IFDIR:
+		return mode &^ unix.S_ISUID
+	case !fs.c.Suid:
+		return mode &^ (unix.S_ISUID | unix.S_ISGID)
+	}
+	return mode
+}
+
+// createMode is the mode to make a file of type typ with in the directory dirfd.
+func (fs *FS) createMode(dirfd int, typ, mode, umask uint32) uint32 {
+	// Where the guest's kernel knows ACLs it leaves the umask to us, because a default ACL takes its place.
+	if fs.c.ACL && !fs.hasDefaultACL(dirfd) {
+		mode &^= umask & 0o777
+	}
+	return fs.safeMode(typ, mode)
+}
+
+// chmod changes the mode of what fd (O_PATH) is, a file of type typ.
+func (fs *FS) chmod(fd int, typ, mode uint32) fuse.Errno {
+	var buf nameBuf
+	name := buf.setInt(fd)
+	mode = fs.safeMode(typ, mode&0o7777)
+	if mode&unix.S_ISGID == 0 {
+		return fchmodat(fs.procFD, name, mode)
+	}
+	return fs.second.creds.withFsetid(func() fuse.Errno { return fchmodat(fs.procFD, name, mode) })
+}
+
+// chown gives what fd (O_PATH) is to the guest's uid and gid; noID leaves one as it is. The host's kernel clears
+// set-id bits and capabilities of files with it.
+func (fs *FS) chown(fd int, uid, gid uint32) fuse.Errno {
+	ok := true
+	if uid != noID {
+		uid, ok = fs.ids.uidIn(uid)
+	}
+	if gid != noID && ok {
+		gid, ok = fs.ids.gidIn(gid)
+	}
+	if !ok {
+		return unix.EINVAL
+	}
+	return fchownat(fd, emptyName, uid, gid, unix.AT_EMPTY_PATH)
+}

@@ -145,6 +145,7 @@ func opFlush(r *request) fuse.Errno {
 	if e != 0 {
 		return e
 	}
+	r.fs.flushLocks(r.hdr.NodeID, in.LockOwner)
 	// A network file system below reports at close what it could not write.
 	d, err := unix.FcntlInt(uintptr(h.fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
@@ -158,6 +159,11 @@ func opRelease(r *request) fuse.Errno {
 	if !decode(r, &in) {
 		return unix.EINVAL
 	}
+	h, e := r.handle(in.Fh)
+	if e != 0 {
+		return e
+	}
+	r.fs.releaseLocks(r.hdr.NodeID, h, &in)
 	return r.fs.closeHandle(r.hdr.NodeID, in.Fh)
 }
 

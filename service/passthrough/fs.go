@@ -60,7 +60,6 @@ type FS struct {
 	mountFD  int  // a readable directory of the root's mount, for open_by_handle_at; -1 without byHandle
 	ownProc  bool
 	ids      ids
-	creds    *creds
 	second   second
 
 	session  atomic.Pointer[session] // nil before INIT

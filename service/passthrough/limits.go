@@ -19,11 +19,13 @@ type Limits struct {
 	Descriptors int64 // descriptors, open files included; RLIMIT_NOFILE less 64
 	Bytes       int64 // of large requests and replies under way; 64 MiB
 	Requests    int64 // served at once by one stream; 64
+	Waits       int64 // SETLKW requests that wait; 1024
 
 	once        sync.Once
 	nodes       atomic.Int64
 	files       atomic.Int64
 	descriptors atomic.Int64
+	waits       atomic.Int64
 	bytes       byteGauge
 }
 
@@ -43,6 +45,7 @@ func (l *Limits) init() {
 		or(&l.Files, l.Descriptors/2)
 		or(&l.Bytes, 64<<20)
 		or(&l.Requests, 64)
+		or(&l.Waits, 1024)
 		l.bytes.max = max(l.Bytes, 2*maxBuffer)
 		l.bytes.free.L = &l.bytes.mu
 	})

@@ -99,7 +99,10 @@ func TestLockTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(other)
-	var l lockTable
+	descriptors := 0
+	l := lockTable{give: func() { descriptors-- }}
+	owned := open
+	open = func() (int, fuse.Errno) { descriptors++; return owned() }
 	lk := func(start, end uint64, typ uint32, pid uint32) *fuse.FileLock {
 		return &fuse.FileLock{Start: start, End: end, Type: typ, PID: pid}
 	}
@@ -163,10 +166,16 @@ func TestLockTable(t *testing.T) {
 	try(0, 5, lk(1, 1, w, 0))
 	l.close()
 	host(0, 0, math.MaxInt64, w)
+	if descriptors != 0 {
+		t.Errorf("%d descriptors opened and not given back", descriptors)
+	}
 }
 
 func TestLockWaits(t *testing.T) {
-	l := newLockWaits()
+	const most = 50
+	limits := &Limits{Waits: most}
+	limits.init()
+	l := newLockWaits(limits)
 	held := make(chan struct{}) // closed: free
 	type answer struct {
 		unique uint64
@@ -215,7 +224,7 @@ func TestLockWaits(t *testing.T) {
 	l.wait()
 
 	held = make(chan struct{})
-	for u := uint64(100); u < 100+maxLockWaits; u++ {
+	for u := uint64(100); u < 100+most; u++ {
 		if errno := wait(u, "c"); errno != 0 {
 			t.Fatal(errno)
 		}
@@ -223,9 +232,9 @@ func TestLockWaits(t *testing.T) {
 	if errno := wait(99, "c"); errno != unix.ENOLCK {
 		t.Errorf("one waiter too many: %v", errno)
 	}
-	answers = make(chan answer, maxLockWaits)
+	answers = make(chan answer, most)
 	l.drop("c")
-	if len(answers) != maxLockWaits {
+	if len(answers) != most {
 		t.Errorf("%d answers at the end of the stream", len(answers))
 	}
 	l.wait()

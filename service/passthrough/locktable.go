@@ -24,7 +24,8 @@ const maxLocks = 8192
 //
 // The ranges are noted beside that, to bound them and to tell who holds one.
 type lockTable struct {
-	n atomic.Int32 // owners in the table: RELEASE and FLUSH, which come with each close, look here first
+	give func()       // called for each descriptor that was closed
+	n    atomic.Int32 // owners in the table: RELEASE and FLUSH, which come with each close, look here first
 
 	mu     sync.Mutex // serializes the lock calls with the notes of them
 	nodes  map[uint64]map[uint64]*lockOwner
@@ -45,7 +46,7 @@ type lockRange struct {
 	pid        uint32 // in the guest
 }
 
-// set does SETLK for an owner. open makes the owner's descriptor, for its first lock. It returns
+// set does SETLK for an owner. open makes the owner's descriptor, for its first lock: it is counted, and given back by give. It returns
 // EAGAIN if another owner, of this mount or not, is in the way.
 func (t *lockTable) set(node, owner, fh uint64, lk *fuse.FileLock, open func() (int, fuse.Errno)) fuse.Errno {
 	f, errno := flock(lk)
@@ -69,6 +70,7 @@ func (t *lockTable) set(node, owner, fh uint64, lk *fuse.FileLock, open func() (
 		o = &lockOwner{fd: fd, fh: fh}
 		if errno := ofdLock(fd, unix.F_OFD_SETLK, f); errno != 0 {
 			unix.Close(fd) // nothing is locked through it
+			t.give()
 			return errno
 		}
 		if t.nodes == nil {
@@ -165,6 +167,7 @@ func (t *lockTable) dropIf(node uint64, match func(uint64, *lockOwner) bool) (an
 // drop closes the owner's descriptor. Precondition: mu is held, and ranges does not count o's.
 func (t *lockTable) drop(node, owner uint64, o *lockOwner) {
 	unix.Close(o.fd) // the locks are gone whatever it returns
+	t.give()
 	delete(t.nodes[node], owner)
 	if len(t.nodes[node]) == 0 {
 		delete(t.nodes, node)

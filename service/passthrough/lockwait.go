@@ -13,9 +13,6 @@ import (
 )
 
 const (
-	// maxLockWaits bounds the SETLKW requests of one mount that wait; one more is ENOLCK.
-	maxLockWaits = 1024
-
 	// A waiter tries again at once when the guest itself unlocks something, and else after a delay that doubles
 	// from the first to the last of these: nothing tells us that another process of the host has unlocked. (F_OFD_SETLKW
 	// would wait in the kernel, but on an OS thread for each waiter, and nothing but a signal ends it.)
@@ -31,7 +28,8 @@ const (
 //
 // One goroutine serves them all, only as long as there are any.
 type lockWaits struct {
-	wake chan struct{} // of capacity 1: something was unlocked
+	wake   chan struct{} // of capacity 1: something was unlocked
+	limits *Limits
 
 	mu      sync.Mutex
 	waits   []*lockWait // in the order of arrival
@@ -52,9 +50,11 @@ type lockWait struct {
 	next   time.Time
 }
 
-func newLockWaits() *lockWaits { return &lockWaits{wake: make(chan struct{}, 1)} }
+func newLockWaits(limits *Limits) *lockWaits {
+	return &lockWaits{wake: make(chan struct{}, 1), limits: limits}
+}
 
-// add makes w wait, w.reply will be called. If it returns an errno, w.reply will not be.
+// add makes w wait: w.reply will be called. If it returns an errno, w.reply will not be.
 func (l *lockWaits) add(w *lockWait) fuse.Errno {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -62,7 +62,7 @@ func (l *lockWaits) add(w *lockWait) fuse.Errno {
 		l.early[i] = 0
 		return unix.EINTR
 	}
-	if len(l.waits) >= maxLockWaits {
+	if !take(&l.limits.waits, l.limits.Waits) {
 		return unix.ENOLCK
 	}
 	w.delay = lockDelayMin
@@ -100,7 +100,12 @@ func (l *lockWaits) interrupt(unique uint64) {
 	w := l.waits[i]
 	l.waits = slices.Delete(l.waits, i, i+1)
 	l.mu.Unlock()
-	w.reply(unix.EINTR)
+	l.answer(w, unix.EINTR)
+}
+
+func (l *lockWaits) answer(w *lockWait, errno fuse.Errno) {
+	l.limits.waits.Add(-1)
+	w.reply(errno)
 }
 
 // drop answers EINTR to the waiters of a stream that has ended.
@@ -116,7 +121,7 @@ func (l *lockWaits) drop(stream any) {
 	})
 	l.mu.Unlock()
 	for _, w := range gone {
-		w.reply(unix.EINTR)
+		l.answer(w, unix.EINTR)
 	}
 	l.unlocked()
 }
@@ -182,5 +187,5 @@ func (l *lockWaits) attempt(w *lockWait) {
 	}
 	l.waits = slices.Delete(l.waits, i, i+1)
 	l.mu.Unlock()
-	w.reply(errno)
+	l.answer(w, errno)
 }

@@ -51,4 +51,25 @@ var ops = [fuse.OpMax]op{
 	fuse.OpReaddirplus: {serve: opReaddirplus},
 	fuse.OpReleasedir:  {serve: opReleasedir},
 	fuse.OpFsyncdir:    {serve: opFsync, slow: true},
+
+	fuse.OpSetxattr:    {serve: opSetxattr, writes: true},
+	fuse.OpGetxattr:    {serve: opGetxattr},
+	fuse.OpListxattr:   {serve: opListxattr},
+	fuse.OpRemovexattr: {serve: opRemovexattr, writes: true},
+
+	fuse.OpGetlk:     {serve: opGetlk},
+	fuse.OpSetlk:     {serve: opSetlk},
+	fuse.OpSetlkw:    {serve: opSetlkw},
+	fuse.OpInterrupt: {serve: opInterrupt},
+
+	fuse.OpStatfs:          {serve: opStatfs},
+	fuse.OpSyncfs:          {serve: opSyncfs, slow: true},
+	fuse.OpFallocate:       {serve: opFallocate, writes: true, slow: true},
+	fuse.OpLseek:           {serve: opLseek},
+	fuse.OpCopyFileRange:   {serve: opCopyFileRange, writes: true, slow: true},
+	fuse.OpCopyFileRange64: {serve: opCopyFileRange64, writes: true, slow: true},
+
+	fuse.OpAccess: {serve: opAccess},
+	fuse.OpIoctl:  {serve: opIoctl},
+	fuse.OpPoll:   {serve: opPoll},
 }
