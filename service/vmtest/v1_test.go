@@ -5,12 +5,15 @@
 package vmtest
 
 import (
+	"encoding/binary"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -22,6 +25,9 @@ import (
 	"transfused.org/transfused/service/wire"
 )
 
+// oldPort is a port that the other tests do not use: a guest remembers which hosts are of version 1.
+const oldPort = 1534
+
 // oldHost is a host as there were in 2016: it speaks version 1 alone and hangs up on anything else.
 type oldHost struct {
 	ln      *transport.Listener
@@ -32,7 +38,7 @@ type oldHost struct {
 }
 
 func newOldHost(t *testing.T, l *lab) *oldHost {
-	ln, err := transport.Listen(transport.Addr{Family: transport.Hybrid, Path: l.vm.Socket(), Port: 1524})
+	ln, err := transport.Listen(transport.Addr{Family: transport.Hybrid, Path: l.vm.Socket(), Port: oldPort})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,7 +133,7 @@ func next(t *testing.T, c *transport.Conn) wire.Message {
 // testOldHost has a guest serve a host of version 1, in every channel of it.
 func testOldHost(t *testing.T, l *lab) {
 	h := newOldHost(t, l)
-	guest := l.startInGuest(t, "", "transfused", "--server", "vsock:host:1524", "--socket", "vsock:any:1525")
+	guest := l.startInGuest(t, "", "transfused", "--server", fmt.Sprintf("vsock:host:%d", oldPort), "--socket", "vsock:any:1525")
 	control := receive(t, h, h.control)
 	defer control.Close()
 
@@ -257,4 +263,65 @@ func testOldHost(t *testing.T, l *lab) {
 	})
 	guest.stop(t)
 	l.noMounts(t)
+}
+
+// testOldProtocol has the two programs speak version 1 to each other: what stands between them
+// hangs up on a long Init, and passes on everything else.
+func testOldProtocol(t *testing.T, l *lab) {
+	ln, err := transport.Listen(transport.Addr{Family: transport.Hybrid, Path: l.vm.Socket(), Port: oldPort})
+	if err != nil {
+		t.Fatal(err)
+	}
+	behind := transport.Addr{Family: transport.Hybrid, Path: l.vm.Socket(), Port: oldPort + 1}
+	var relays sync.WaitGroup
+	relays.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			relays.Go(func() { relayOld(c, fmt.Sprintf("%s_%d", behind.Path, behind.Port)) })
+		}
+	})
+	t.Cleanup(relays.Wait) // the programs have ended by then
+	t.Cleanup(func() { ln.Close() })
+
+	dir := t.TempDir()
+	host := l.startHere(t, "transfuse-host", "--listen", behind.String(), "--allow-unprivileged-guests",
+		"--export", "code="+dir+",root=trust,guests="+l.vm.Socket(),
+		"--guest", fmt.Sprintf("hybrid:%s:1525", l.vm.Socket()), "--mount", "code=/mnt/asked1")
+	guest := l.startInGuest(t, "", "transfused", "--server", fmt.Sprintf("vsock:host:%d", oldPort), "--socket", "vsock:any:1525")
+	l.guest(t, "await mounted /mnt/asked1; echo from the guest >/mnt/asked1/file")
+	if text, err := os.ReadFile(filepath.Join(dir, "file")); string(text) != "from the guest\n" {
+		t.Errorf("the host has %q, %v", text, err)
+	}
+	host.stop(t)
+	l.guest(t, "await unmounted /mnt/asked1")
+	guest.stop(t)
+	l.noMounts(t)
+}
+
+// relayOld passes a connection on to a Unix socket, unless it begins with a long Init.
+func relayOld(c *transport.Conn, to string) {
+	defer c.Close()
+	head := make([]byte, 6)
+	if _, err := io.ReadFull(c, head); err != nil {
+		return
+	}
+	if typ := binary.LittleEndian.Uint16(head[4:]); typ == 0 && binary.LittleEndian.Uint32(head) != 6 {
+		return
+	}
+	d, err := net.Dial("unix", to)
+	if err != nil {
+		return // the guest dials again
+	}
+	defer d.Close()
+	if _, err := d.Write(head); err != nil {
+		return
+	}
+	go func() {
+		io.Copy(d, c) // its end is the end of either side
+		d.(*net.UnixConn).CloseWrite()
+	}()
+	io.Copy(c, d)
 }

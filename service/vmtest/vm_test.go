@@ -27,6 +27,7 @@ func TestVM(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Run("old host", func(t *testing.T) { testOldHost(t, l) })
+	t.Run("old protocol", func(t *testing.T) { testOldProtocol(t, l) })
 	for _, s := range l.sides() {
 		s.token = filepath.Join(l.vm.Dir(), "token")
 		if s.name == "loopback" {
@@ -174,6 +175,24 @@ func testRefused(t *testing.T, l *lab, s side) {
 		l.guest(t, "umask 077; echo 00000000000000000000000000000000 >/root/wrong")
 		d := l.join(t, s, "--token-file", "/root/wrong", "--mount", "code=/mnt/refused")
 		d.await(t, "wrong token")
+		d.stop(t)
+		l.noMounts(t)
+	})
+	t.Run("no token", func(t *testing.T) {
+		if s.name != "virtio" {
+			t.Skip("NOT RUN: vsock shows the source port, so that no token is needed")
+		}
+		d := l.startInGuest(t, "", "transfused", "--server", s.server, "--socket", "vsock:any:1525", "--mount", "code=/mnt/refused")
+		d.await(t, "no token")
+		d.stop(t)
+		l.noMounts(t)
+	})
+	t.Run("unprivileged port", func(t *testing.T) {
+		if s.name == "virtio" {
+			t.Skip("NOT RUN: hybrid vsock hides the source port")
+		}
+		d := l.startInGuest(t, "nobody", "transfused", "--server", s.server, "--socket", "vsock:any:1525", "--mount", "code=/tmp/refused")
+		d.await(t, "is not below 1024")
 		d.stop(t)
 		l.noMounts(t)
 	})
