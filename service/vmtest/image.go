@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/sha256"
 	_ "embed"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -39,11 +40,14 @@ type Images struct {
 	Tools string // folder with root, a tree that has QEMU and the vhost-user devices
 }
 
-// Build returns the images, building what the cache does not have; that takes some minutes and root.
-// It says on log what it does. The cache is $XDG_CACHE_HOME/transfused/vm; an image's folder is
+// Build returns the images, building what the cache does not have; that takes some minutes. It
+// needs root, as Boot does. // It says on log what it does. The cache is $XDG_CACHE_HOME/transfused/vm; an image's folder is
 // named after the hash of the script that built it, so a changed script builds anew.
 // Concurrent calls, of several processes too, wait for each other, and a build that was interrupted leaves no image.
 func Build(ctx context.Context, log io.Writer) (*Images, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("vm images: building and booting need root (debootstrap, chroot): run it as root")
+	}
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return nil, fmt.Errorf("vm images: %w", err)
@@ -57,7 +61,12 @@ func Build(ctx context.Context, log io.Writer) (*Images, error) {
 		return nil, fmt.Errorf("vm images: %w", err)
 	}
 	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == unix.EWOULDBLOCK {
+		fmt.Fprintln(log, "vm images: waiting for another process that builds them")
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("vm images: lock %s: %w", lock.Name(), err)
 	}
 
@@ -83,9 +92,6 @@ func Build(ctx context.Context, log io.Writer) (*Images, error) {
 
 // build runs script into a folder beside dir and renames it to dir in the end.
 func build(ctx context.Context, log io.Writer, name string, script []byte, dir string) error {
-	if os.Geteuid() != 0 {
-		return fmt.Errorf("building %s needs root (debootstrap, chroot)", dir)
-	}
 	if err := install(ctx, log); err != nil {
 		return err
 	}
