@@ -41,7 +41,7 @@ type Images struct {
 }
 
 // Build returns the images, building what the cache does not have; that takes some minutes. It
-// needs root, as Boot does. // It says on log what it does. The cache is $XDG_CACHE_HOME/transfused/vm; an image's folder is
+// needs root, as Boot does, and says on log what it does. The cache is $XDG_CACHE_HOME/transfused/vm; an image's folder is
 // named after the hash of the script that built it, so a changed script builds anew.
 // Concurrent calls, of several processes too, wait for each other, and a build that was interrupted leaves no image.
 func Build(ctx context.Context, log io.Writer) (*Images, error) {
