@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"transfused.org/transfused/service/fstest"
+)
+
+var smallScale = scale{Getattrs: 20, Reads: 20, Stats: 120, Creates: 20, Copies: 60, Repo: 60, Sequential: 2}
+
+// TestMeasure runs every case at a small scale on what needs no server, and
+// checks that nothing is left.
+func TestMeasure(t *testing.T) {
+	fstest.Leaks(t)
+	c := config{Dir: t.TempDir(), Cases: caseNames(), Peers: []string{bare}, Runs: 2, Scale: smallScale}
+	if err := makeTree(t.Context(), c.Dir, c.Scale); err != nil {
+		t.Fatal(err)
+	}
+	res, err := measureAll(t.Context(), free, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range res.Rows {
+		if v := r.Rounds[bare]; len(v) != 2 || v[0] <= 0 || v[1] <= 0 {
+			t.Errorf("%s: rounds %v", r.Case, v)
+		}
+	}
+	if len(res.Rows) != len(cases) {
+		t.Errorf("%d rows, want %d", len(res.Rows), len(cases))
+	}
+	left, err := filepath.Glob(filepath.Join(c.Dir, "tree/scratch-*/*/*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range left {
+		if !strings.HasPrefix(filepath.Base(f), "file") { // of case create
+			t.Errorf("left %s", f)
+		}
+	}
+}
+
+func TestRatio(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		row  row
+		want float64
+	}{
+		{"time", row{Unit: micros, Rounds: map[string][]float64{ours: {10, 20, 90}, "sshfs": {20, 40, 30}}}, 0.5},
+		{"rate", row{Unit: rate, Rounds: map[string][]float64{ours: {800}, "sshfs": {400}}}, 0.5},
+		{"the median is of ratios", row{Unit: micros, Rounds: map[string][]float64{ours: {1, 100}, "sshfs": {2, 100}}}, 0.75},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if got := c.row.ratio(ours, "sshfs"); got != c.want {
+				t.Errorf("got %v, want %v", got, c.want)
+			}
+		})
+	}
+}
+
+func TestFloors(t *testing.T) {
+	one := func(v float64) []float64 { return []float64{v} }
+	r := report{Peers: peerNames, Modes: []modeResult{{
+		Mode: onOneCPU,
+		Rows: []row{
+			{Case: "getattr", Unit: micros, Rounds: map[string][]float64{ours: one(40), "bindfs": one(10), "sshfs": one(1)}},
+			{Case: "create", Unit: micros, Rounds: map[string][]float64{ours: one(90), "bindfs": one(10), "sshfs": one(80)}},
+			{Case: "seqread", Unit: rate, Rounds: map[string][]float64{ours: one(590), "bindfs": one(2000), "sshfs": one(500)}},
+			{Case: "unlink", Unit: micros, Rounds: map[string][]float64{"sshfs": one(80)}},
+		},
+		Loaded: []memory{{Process: "a", PID: 1, RSS: 39 << 10}, {Process: "b", PID: 2, RSS: 40 << 10}},
+	}, {
+		Mode: free,
+		Rows: []row{{Case: "create", Unit: micros, Rounds: map[string][]float64{ours: one(900), "sshfs": one(1)}}},
+	}}}
+	want := []floor{
+		{"getattr: at most 4 times bindfs", "4.00 times", true},
+		{"create: faster than sshfs", "1.12 times its cost", false},
+		{"seqread: faster than sshfs", "0.85 times its cost", true},
+		{"seqread: at least 600 MB/s", "590 MB/s", false},
+		{"memory of a (1): under 40 MiB", "39.0 MiB", true},
+		{"memory of b (2): under 40 MiB", "40.0 MiB", false},
+	}
+	if d := cmp.Diff(want, floors(r)); d != "" {
+		t.Error(d)
+	}
+	r.Floors = want
+	var b bytes.Buffer
+	r.print(&b)
+	for _, s := range []string{"PASS  getattr", "MISS  create", "/sshfs", "590 MB/s", "-"} {
+		if !strings.Contains(b.String(), s) {
+			t.Errorf("no %q in\n%s", s, &b)
+		}
+	}
+}

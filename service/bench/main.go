@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// config is what the measuring processes get, on their standard input.
+type config struct {
+	Bin   string   // our binaries
+	Dir   string   // where everything is made, on tmpfs
+	Cases []string // by name, in order
+	Peers []string
+	Runs  int
+	Scale scale
+}
+
+const measureEnv = "TRANSFUSED_BENCH_MEASURE"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	var err error
+	if os.Getenv(measureEnv) != "" {
+		err = measureChild(ctx)
+	} else {
+		err = run(ctx)
+	}
+	if errors.Is(err, errMiss) {
+		os.Exit(1)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(2)
+	}
+}
+
+var errMiss = errors.New("a floor was missed")
+
+func run(ctx context.Context) error {
+	bin := flag.String("bin", "", "`directory` of transfused and transfuse-host; default: build them")
+	dir := flag.String("dir", "/dev/shm", "work below this `directory`, a tmpfs with 3 GiB free")
+	runs := flag.Int("runs", 5, "rounds of each case; large transfers take 3 at most")
+	cases := flag.String("cases", "", "comma-separated `cases`; default: all of "+strings.Join(caseNames(), ","))
+	peers := flag.String("peers", strings.Join(peerNames, ","), "comma-separated `peers` to measure")
+	jsonFile := flag.String("json", "", "write the figures to this `file`, too")
+	check := flag.Bool("check", false, "exit with 1 when a floor is missed")
+	flag.Parse()
+
+	c := config{Bin: *bin, Runs: *runs, Scale: fullScale, Cases: caseNames()}
+	if *cases != "" {
+		c.Cases = strings.Split(*cases, ",")
+	}
+	c.Peers = strings.Split(*peers, ",")
+	for _, name := range c.Cases {
+		if !slices.Contains(caseNames(), name) {
+			return fmt.Errorf("-cases: there is no %q: choose from %s", name, strings.Join(caseNames(), ","))
+		}
+	}
+	for _, name := range c.Peers {
+		if !slices.Contains(peerNames, name) {
+			return fmt.Errorf("-peers: there is no %q: choose from %s", name, strings.Join(peerNames, ","))
+		}
+	}
+	if *runs < 1 {
+		return errors.New("-runs: at least 1")
+	}
+	if err := requirements(c.Peers); err != nil {
+		return err
+	}
+	work, err := os.MkdirTemp(*dir, "transfused-bench.")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(work)
+	c.Dir = work
+	if c.Bin == "" && slices.Contains(c.Peers, ours) {
+		c.Bin = filepath.Join(work, "bin")
+		if err := build(ctx, c.Bin); err != nil {
+			return err
+		}
+	}
+	fmt.Fprintln(os.Stderr, "making the tree")
+	if err := makeTree(ctx, c.Dir, c.Scale); err != nil {
+		return fmt.Errorf("make the tree: %w", err)
+	}
+
+	r := report{Host: machine(), Peers: c.Peers}
+	for _, mode := range []string{onOneCPU, free} {
+		res, err := measure(ctx, mode, c)
+		if err != nil {
+			return err
+		}
+		r.Modes = append(r.Modes, *res)
+	}
+	r.Floors = floors(r)
+	r.print(os.Stdout)
+	if *jsonFile != "" {
+		b, err := json.MarshalIndent(r, "", "\t")
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(*jsonFile, append(b, '\n'), 0o644); err != nil {
+			return err
+		}
+	}
+	if *check && slices.ContainsFunc(r.Floors, func(f floor) bool { return !f.Pass }) {
+		return errMiss
+	}
+	return nil
+}
+
+// build makes static binaries of our two programs.
+func build(ctx context.Context, bin string) error {
+	fmt.Fprintln(os.Stderr, "building transfused and transfuse-host")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", bin+"/",
+		"transfused.org/transfused/cmd/transfused", "transfused.org/transfused/cmd/transfuse-host")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build our programs (run bench inside the source tree, or give -bin): %w\n%s", err, out)
+	}
+	return nil
+}
+
+// requirements says what is to be installed.
+func requirements(peers []string) error {
+	need := map[string]string{"fusermount3": "fuse3", "git": "git", "cp": "coreutils"}
+	if slices.Contains(peers, "bindfs") {
+		need["bindfs"] = "bindfs"
+	}
+	if slices.Contains(peers, "sshfs") {
+		need["sshfs"], need[sftpServer] = "sshfs", "openssh-sftp-server"
+	}
+	var missing []string
+	for program, pkg := range need {
+		if _, err := exec.LookPath(program); err != nil {
+			missing = append(missing, pkg)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	slices.Sort(missing)
+	return fmt.Errorf("programs are missing, install them: apt-get install -y %s", strings.Join(missing, " "))
+}
+
+// measure runs this program again in the given mode and returns its figures.
+func measure(ctx context.Context, mode string, c config) (*modeResult, error) {
+	b, err := json.Marshal(c)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, "/proc/self/exe")
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.Env = append(os.Environ(), measureEnv+"="+mode)
+	cmd.Stdin, cmd.Stderr = strings.NewReader(string(b)), os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("measure %s: %w", mode, err)
+	}
+	var r modeResult
+	return &r, json.Unmarshal(out, &r)
+}
+
+// measureChild is the measuring process.
+func measureChild(ctx context.Context) error {
+	mode := os.Getenv(measureEnv)
+	if mode == onOneCPU && !boundToOneCPU() {
+		// Bind the thread and begin anew: all threads to come inherit it.
+		var set unix.CPUSet
+		set.Set(0)
+		if err := unix.SchedSetaffinity(0, &set); err != nil {
+			return fmt.Errorf("bind to CPU 0: %w", err)
+		}
+		return unix.Exec("/proc/self/exe", os.Args, os.Environ())
+	}
+	os.Unsetenv(measureEnv)
+	var c config
+	if err := json.NewDecoder(os.Stdin).Decode(&c); err != nil {
+		return fmt.Errorf("read the configuration: %w", err)
+	}
+	r, err := measureAll(ctx, mode, c)
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(r)
+}
+
+func boundToOneCPU() bool {
+	var set unix.CPUSet
+	return unix.SchedGetaffinity(0, &set) == nil && set.Count() == 1
+}

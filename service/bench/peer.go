@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	ours       = "transfused"
+	bare       = "bare"
+	sftpServer = "/usr/lib/openssh/sftp-server"
+
+	patience = 10 * time.Second // for a mount to come or a process to end
+)
+
+// peerNames in the order of the table: ours last.
+var peerNames = []string{bare, "bindfs", "sshfs", ours}
+
+// peer is one way to see the tree, at dir. A mount is there from mount to unmount.
+type peer struct {
+	name  string
+	c     config
+	src   string // the tree
+	dir   string // where the peer shows it
+	procs []*process
+}
+
+// process is a server that was started, with what it said.
+type process struct {
+	name string
+	cmd  *exec.Cmd
+	log  bytes.Buffer
+	done chan struct{} // closed when it has ended
+}
+
+func newPeer(name string, c config) *peer {
+	p := &peer{name: name, c: c, src: filepath.Join(c.Dir, "tree"), dir: filepath.Join(c.Dir, "mnt-"+name)}
+	if name == bare {
+		p.dir = p.src
+	}
+	return p
+}
+
+// commands returns what is to be started, in order. All run in the foreground
+// and keep attributes and names for one second.
+func (p *peer) commands() [][]string {
+	switch p.name {
+	case "bindfs":
+		return [][]string{{"bindfs", "-f", "-o", "attr_timeout=1,entry_timeout=1", p.src, p.dir}}
+	case "sshfs":
+		// sshfs gives its ssh command one end of a socketpair; ours is a script that ignores host and options.
+		return [][]string{{"sshfs", "-f", "-o", "ssh_command=" + p.c.Dir + "/sftp.sh,dcache_timeout=1,attr_timeout=1,entry_timeout=1", "localhost:" + p.src, p.dir}}
+	case ours:
+		sock := filepath.Join(p.c.Dir, "host.sock")
+		return [][]string{
+			{filepath.Join(p.c.Bin, "transfuse-host"), "--listen", "unix:" + sock, "--export", "bench=" + p.src + ",root=trust"},
+			{filepath.Join(p.c.Bin, "transfused"), "--server", "unix:" + sock, "--socket", "unix:" + filepath.Join(p.c.Dir, "guest.sock"), "--mount", "bench=" + p.dir},
+		}
+	}
+	return nil
+}
+
+// mount starts the peer and waits for its mount.
+func (p *peer) mount(ctx context.Context) error {
+	if p.name == bare {
+		return nil
+	}
+	if err := os.MkdirAll(p.dir, 0o755); err != nil {
+		return err
+	}
+	for _, args := range p.commands() {
+		pr := &process{name: filepath.Base(args[0]), cmd: exec.Command(args[0], args[1:]...), done: make(chan struct{})}
+		pr.cmd.Stdout, pr.cmd.Stderr = &pr.log, &pr.log
+		// Ctrl-C is for us, who then unmount.
+		pr.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		if err := pr.cmd.Start(); err != nil {
+			return fmt.Errorf("start %s: %w", pr.name, err)
+		}
+		go func() { pr.cmd.Wait(); close(pr.done) }()
+		p.procs = append(p.procs, pr)
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
+		// Only a server that answers makes the tree appear.
+		if _, err := os.Stat(filepath.Join(p.dir, "stat")); err == nil {
+			return nil
+		}
+		for _, pr := range p.procs {
+			select {
+			case <-pr.done:
+				return fmt.Errorf("%s ended early: %v\n%s", pr.name, pr.cmd.ProcessState, &pr.log)
+			default:
+			}
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if time.Now().After(deadline) {
+			p.unmount()
+			return fmt.Errorf("%s: no mount after %v", p.name, patience)
+		}
+	}
+}
+
+// unmount ends the mount and waits for the peer's processes.
+func (p *peer) unmount() error {
+	if len(p.procs) == 0 {
+		return nil
+	}
+	var errs []error
+	last := p.procs[len(p.procs)-1] // the one that mounted
+	if p.name == ours {
+		last.cmd.Process.Signal(syscall.SIGTERM) // it unmounts by itself
+	} else if out, err := exec.Command("fusermount3", "-u", p.dir).CombinedOutput(); err != nil {
+		errs = append(errs, fmt.Errorf("unmount %s: %w: %s", p.name, err, bytes.TrimSpace(out)))
+		detach(p.dir)
+	}
+	for i := len(p.procs) - 1; i >= 0; i-- {
+		pr := p.procs[i]
+		if pr != last {
+			pr.cmd.Process.Signal(syscall.SIGTERM)
+		}
+		select {
+		case <-pr.done:
+		case <-time.After(patience):
+			pr.cmd.Process.Kill()
+			<-pr.done
+			errs = append(errs, fmt.Errorf("%s did not end:\n%s", pr.name, &pr.log))
+			detach(p.dir)
+		}
+	}
+	p.procs = nil
+	return errors.Join(errs...)
+}
+
+// detach takes a mount away whose server is no more; there may be none.
+func detach(dir string) { exec.Command("fusermount3", "-u", "-z", dir).Run() }
+
+// remount makes every cache of the mount cold.
+func (p *peer) remount(ctx context.Context) error {
+	if err := p.unmount(); err != nil {
+		return err
+	}
+	return p.mount(ctx)
+}
+
+// memory is the resident memory of one process, in KiB.
+type memory struct {
+	Process string
+	PID     int
+	RSS     int // VmRSS
+	Peak    int // VmHWM
+}
+
+// memory returns that of the peer's processes and all their descendants.
+func (p *peer) memory() []memory {
+	var all []memory
+	var add func(pid int)
+	add = func(pid int) {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			return // it has ended
+		}
+		m := memory{PID: pid}
+		for line := range strings.Lines(string(b)) {
+			key, value, _ := strings.Cut(line, ":")
+			value = strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(value), "kB"))
+			switch key {
+			case "Name":
+				m.Process = value
+			case "VmRSS":
+				m.RSS, _ = strconv.Atoi(value)
+			case "VmHWM":
+				m.Peak, _ = strconv.Atoi(value)
+			}
+		}
+		all = append(all, m)
+		children, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+		for _, f := range children {
+			b, _ := os.ReadFile(f)
+			for _, s := range strings.Fields(string(b)) {
+				if child, err := strconv.Atoi(s); err == nil {
+					add(child)
+				}
+			}
+		}
+	}
+	for _, pr := range p.procs {
+		add(pr.cmd.Process.Pid)
+	}
+	return all
+}
