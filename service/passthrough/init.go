@@ -17,10 +17,10 @@ type session struct {
 // has tells whether a feature was agreed.
 func (s *session) has(feature uint64) bool { return s.features&feature != 0 }
 
-// features are those that we want, where the kernel has them. What is missing, and why: WRITEBACK_CACHE (the kernel would
+// wanted are the features that we want, where the kernel has them. What is missing, and why: WRITEBACK_CACHE (the kernel would
 // ignore the host's size and mtime), PASSTHROUGH and OVER_IO_URING (they need the device here),
 // SUBMOUNTS (virtiofs alone), DAX, EXPORT_SUPPORT ("." and ".." are never looked up).
-const features = fuse.ASYNC_READ | fuse.POSIX_LOCKS | fuse.FLOCK_LOCKS | fuse.ATOMIC_O_TRUNC | fuse.BIG_WRITES |
+const wanted = fuse.ASYNC_READ | fuse.POSIX_LOCKS | fuse.FLOCK_LOCKS | fuse.ATOMIC_O_TRUNC | fuse.BIG_WRITES |
 	fuse.AUTO_INVAL_DATA | fuse.DO_READDIRPLUS | fuse.READDIRPLUS_AUTO | fuse.ASYNC_DIO | fuse.PARALLEL_DIROPS |
 	fuse.HANDLE_KILLPRIV_V2 | fuse.MAX_PAGES | fuse.SETXATTR_EXT | fuse.INIT_EXT | fuse.CREATE_SUPP_GROUP |
 	fuse.HAS_EXPIRE_ONLY | fuse.DIRECT_IO_ALLOW_MMAP | fuse.HAS_IOCTL_DIR
@@ -43,7 +43,7 @@ func opInit(r *request) fuse.Errno {
 		r.fs.log.Error("the guest's kernel is too old: FUSE 7.31 (Linux 5.4) is needed", "major", in.Major, "minor", in.Minor)
 		return unix.EPROTO
 	}
-	want := features
+	want := wanted
 	if r.fs.c.ACL {
 		// The host's default ACL decides about the mode of a new file, so the kernel may not apply the umask before.
 		want |= fuse.POSIX_ACL | fuse.DONT_MASK

@@ -91,7 +91,8 @@ func (fs *FS) takeFD() fuse.Errno {
 
 func (fs *FS) giveFD() { fs.limits.descriptors.Add(-1) }
 
-// byteGauge makes those wait who want more bytes than are left.
+// byteGauge makes those wait who want more bytes than are left, and hold none: if who holds some waited too, all could
+// come to wait for each other.
 type byteGauge struct {
 	mu   sync.Mutex
 	free sync.Cond
@@ -99,9 +100,9 @@ type byteGauge struct {
 	max  int64
 }
 
-func (g *byteGauge) take(n int) {
+func (g *byteGauge) take(n int, holds bool) {
 	g.mu.Lock()
-	for g.used > 0 && g.used+int64(n) > g.max {
+	for !holds && g.used > 0 && g.used+int64(n) > g.max {
 		g.free.Wait()
 	}
 	g.used += int64(n)
@@ -129,14 +130,15 @@ type buffer struct {
 
 var bufferPools [maxBufferBits - minBufferBits + 1]sync.Pool
 
-// getBuffer returns a buffer of at least n bytes, n at most maxBuffer, when the session has them to spare.
-func (l *Limits) getBuffer(n int) *buffer {
+// getBuffer returns a buffer of at least n bytes, n at most maxBuffer, when the session has them to spare; at once, if
+// the request holds another.
+func (l *Limits) getBuffer(n int, holds bool) *buffer {
 	class := 0
 	for n > 1<<(minBufferBits+class) {
 		class++
 	}
 	size := 1 << (minBufferBits + class)
-	l.bytes.take(size)
+	l.bytes.take(size, holds)
 	if b, _ := bufferPools[class].Get().(*buffer); b != nil {
 		return b
 	}

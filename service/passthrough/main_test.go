@@ -13,5 +13,12 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "dropping CAP_FSETID:", err)
 		os.Exit(1)
 	}
+	if config := os.Getenv(childEnv); config != "" {
+		if err := serveMount(config); err != nil {
+			fmt.Fprintln(os.Stderr, "serving a mount:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	os.Exit(m.Run())
 }
