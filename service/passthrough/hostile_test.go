@@ -873,3 +873,42 @@ func TestHostileNoReader(t *testing.T) {
 	<-ended // with or without an error: the replies could not be written
 	g.serving()
 }
+
+// TestHostileBytes: requests that hold much and want much, more at once than there is for all.
+func TestHostileBytes(t *testing.T) {
+	g := newGuest(t, func(c *Config) { c.Limits = &Limits{Bytes: 1} }) // the least that it does with
+	if err := os.WriteFile(g.host("big"), make([]byte, maxTransfer), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	big := g.lookup(1, "big")
+	fh := g.open(big.NodeID, unix.O_RDONLY)
+	var all []byte
+	var uniques []uint64
+	for i := range 48 {
+		var b []byte
+		op := fuse.OpFsync
+		switch i % 4 {
+		case 0: // slow, so that others are read meanwhile
+			b = body(fuse.FsyncIn{Fh: fh}, make([]byte, 900<<10))
+		case 1:
+			b, op = body(fuse.GetxattrIn{Size: 1 << 16}, make([]byte, 900<<10)), fuse.OpListxattr
+		default:
+			b, op = body(fuse.ReadIn{Fh: fh, Size: maxTransfer}, make([]byte, 900<<10)), fuse.OpRead
+		}
+		msg, unique := g.message(op, big.NodeID, b)
+		all = append(all, msg...)
+		uniques = append(uniques, unique)
+	}
+	sent := make(chan error, 1)
+	go func() {
+		_, err := g.c.Write(all)
+		sent <- err
+	}()
+	for _, u := range uniques {
+		g.recv(u)
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
+	}
+	g.serving()
+}

@@ -139,7 +139,7 @@ func reply[T fuse.Struct](r *request, v *T) fuse.Errno {
 // the operation fills of them it appends: r.out = append(r.out, b[:k]...) costs no copy but is not needed, r.fill(k) is enough.
 func (r *request) room(n int) []byte {
 	if cap(r.out)-len(r.out) < n {
-		b := r.fs.limits.getBuffer(len(r.out) + n)
+		b := r.fs.limits.getBuffer(len(r.out)+n, r.inBuf != nil || r.outBuf != nil)
 		out := append(b.b[:0], r.out...)
 		if r.outBuf != nil {
 			r.fs.limits.putBuffer(r.outBuf)

@@ -168,7 +168,7 @@ func (s *stream) read(r *request) error {
 	if n <= len(r.inSmall) {
 		r.body = r.inSmall[:n]
 	} else {
-		r.inBuf = s.fs.limits.getBuffer(n)
+		r.inBuf = s.fs.limits.getBuffer(n, false)
 		r.body = r.inBuf.b[:n]
 	}
 	have := copy(r.body, s.buf[s.r:s.w])

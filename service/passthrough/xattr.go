@@ -116,19 +116,19 @@ func opListxattr(r *request) fuse.Errno {
 	if e != 0 {
 		return e
 	}
+	room := r.room(int(min(in.Size, xattrSizeMax)))[:0]
 	// The names here are not those on the host, so even the size wants the whole list.
-	tmp := fs.limits.getBuffer(1 << minBufferBits)
+	tmp := fs.limits.getBuffer(1<<minBufferBits, true)
 	defer func() { fs.limits.putBuffer(tmp) }()
 	n, e := fs.listxattr(fd, tmp.b)
 	if e == unix.ERANGE {
 		fs.limits.putBuffer(tmp)
-		tmp = fs.limits.getBuffer(xattrSizeMax)
+		tmp = fs.limits.getBuffer(xattrSizeMax, true)
 		n, e = fs.listxattr(fd, tmp.b)
 	}
 	if e != 0 {
 		return e
 	}
-	room := r.room(int(min(in.Size, xattrSizeMax)))[:0]
 	var size uint32
 	var buf [2 * xattrNameMax]byte
 	for host := range bytes.SplitSeq(tmp.b[:n], []byte{0}) {
