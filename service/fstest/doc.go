@@ -12,8 +12,10 @@
 //	go test -c -o fstest.test ./service/fstest
 //	./fstest.test -test.v -test.run Dir -dir /mnt/somewhere
 //
-// Without -dir it tests a temporary directory. A case that the machine or the
-// file system can't run prints a line that begins with NOT RUN and says why.
+// Without -dir it tests a temporary directory; -missing acl="mounted without it"
+// names a case or a family that the file system does not have. What
+// the machine or the file system can't run prints a line that begins with NOT RUN
+// and says why.
 //
 // Decisions:
 //   - Cases call the kernel directly (x/sys), since package os hides what is to

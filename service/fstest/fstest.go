@@ -48,7 +48,7 @@ func All(t *testing.T, dir string, o Options) {
 
 	var notRun []string
 	cases := slices.Concat(attrCases, nodeCases, linkCases, renameCases, openCases, ioCases, spaceCases, mmapCases,
-		unlinkedCases, dirCases, nameCases, xattrCases, aclCases, permCases, setidCases, lockCases, miscCases, programCases, modelCases)
+		unlinkedCases, dirCases, nameCases, xattrCases, aclCases, permCases, setidCases, lockCases, miscCases, programCases, stressCases, modelCases)
 	for i, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			e := &env{T: t, o: o, dir: filepath.Join(dir, fmt.Sprintf("fstest.%d.%d", os.Getpid(), i))}

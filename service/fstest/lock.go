@@ -296,9 +296,9 @@ func lockOFD(e *env) {
 // lockOFDClose: an OFD lock lives as long as its open file, whatever else is closed.
 func lockOFDClose(e *env) {
 	e.file("f", "x")
+	b := e.open("f", unix.O_RDWR, 0)
 	a, err := unix.Open(e.p("f"), unix.O_RDWR|unix.O_CLOEXEC, 0)
 	e.ok(err, "open")
-	b := e.open("f", unix.O_RDWR, 0)
 	e.ok(lock(a, unix.F_OFD_SETLK, unix.F_WRLCK, 0, 0), "lock")
 	e.ok(e.tryOpen("f", unix.O_RDWR, 0), "open and close")
 	e.errno(lock(b, unix.F_OFD_SETLK, unix.F_WRLCK, 0, 0), unix.EAGAIN, "lock after another descriptor was closed")
