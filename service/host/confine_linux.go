@@ -14,7 +14,6 @@ import (
 
 	"github.com/landlock-lsm/go-landlock/landlock"
 	"golang.org/x/sys/unix"
-	"kernel.org/pub/linux/libs/security/libcap/psx"
 )
 
 // confinement says how a worker shuts itself in.
@@ -251,14 +250,4 @@ func restrictPaths(c confinement) (warning string, err error) {
 		return "", fmt.Errorf("landlock for %s: %w", strings.Join(append(c.ReadOnly, c.ReadWrite...), ", "), err)
 	}
 	return warning, nil
-}
-
-// allThreads makes a system call on every thread of this process, those of
-// the Go runtime too. (syscall.AllThreadsSyscall would do, but not in the
-// race detector's builds.)
-func allThreads(name string, nr, a, b, c, d, e uintptr) error {
-	if _, _, errno := psx.Syscall6(nr, a, b, c, d, e, 0); errno != 0 {
-		return os.NewSyscallError(name, errno)
-	}
-	return nil
 }

@@ -25,7 +25,6 @@ const maxWrite = 1 << 20
 type control struct {
 	*transport.Conn
 	patience time.Duration
-	ctx      context.Context // ends with the channel
 }
 
 // send writes m. A guest that does not read it loses the channel.
@@ -43,7 +42,7 @@ func (c *control) send(m wire.Message) error {
 func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 	ctx, cancel := context.WithCancel(ss.ctx)
 	defer cancel()
-	c := &control{Conn: conn, patience: ss.srv.times.write, ctx: ctx}
+	c := &control{Conn: conn, patience: ss.srv.times.write}
 	defer c.Close()
 	if err := c.send(ss.answer()); err != nil {
 		ss.log.Warn("control channel lost", "error", err)
@@ -220,8 +219,11 @@ func (ss *session) requestMount(c *control, r *wire.MountRequest) {
 	if err != nil {
 		ss.log.Warn("mount refused", "tag", quote(r.Tag), "dir", quote(r.Dir), "reason", err)
 		reply.Errno, reply.Text = errnoOf(err), err.Error()
+		if he := (*hostError)(nil); errors.As(err, &he) {
+			reply.Text = "the host cannot serve this export: its log tells why"
+		}
 	} else {
-		reply.MountID, reply.ReadOnly, reply.MaxWrite, reply.Streams, reply.Source = m.id, m.export.ReadOnly, maxWrite, 1, m.export.Tag
+		reply.MountID, reply.ReadOnly, reply.MaxWrite, reply.Streams, reply.Source = m.id, m.export.ReadOnly, ss.write, 1, m.export.Tag
 	}
 	if c.send(reply) != nil && m != nil {
 		ss.drop(m, "the control channel was lost")

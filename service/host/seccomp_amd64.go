@@ -2,13 +2,16 @@
 
 package host
 
-import seccomp "github.com/elastic/go-seccomp-bpf"
+import "golang.org/x/sys/unix"
 
-// legacyGroup allows what exists on amd64 alone and what the runtime, or the
-// C library beside the race detector, uses there.
-func legacyGroup() []seccomp.SyscallGroup {
-	return []seccomp.SyscallGroup{{
-		Action: seccomp.ActionAllow,
-		Names:  []string{"arch_prctl", "epoll_wait", "poll", "time"},
-	}}
-}
+const (
+	auditArch = unix.AUDIT_ARCH_X86_64
+	lowWord   = 0 // of an argument: little-endian
+
+	sysNewfstatat = unix.SYS_NEWFSTATAT
+)
+
+// legacyCalls exist on amd64 alone; the runtime, or the C library beside the
+// race detector, uses them there. (The numbers of the x32 ABI are others, and
+// so refused.)
+var legacyCalls = []uint32{unix.SYS_ARCH_PRCTL, unix.SYS_EPOLL_WAIT, unix.SYS_POLL, unix.SYS_TIME}

@@ -294,7 +294,10 @@ func (s *server) tell(c *transport.Conn, first wire.Message, err error) {
 // control channel.
 func (s *server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*session, error) {
 	if m.MinVersion > wire.Version2 {
-		return nil, fmt.Errorf("the guest speaks version %d of the protocol and above, this host up to %d: upgrade the host", m.MinVersion, wire.Version2)
+		return nil, fmt.Errorf("%w: the guest speaks version %d of the protocol and above, this host up to %d: upgrade the host", unix.EPROTONOSUPPORT, m.MinVersion, wire.Version2)
+	}
+	if m.Version >= wire.Version2 && m.SessionID == [16]byte{} {
+		return nil, fmt.Errorf("%w: a session id of zero", unix.EPROTO)
 	}
 	who := identify(p)
 	s.mu.Lock()
@@ -315,7 +318,7 @@ func (s *server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*
 		}
 	}
 	if n >= maxSessions {
-		return nil, fmt.Errorf("%d sessions of this guest already: end one of its daemons", n)
+		return nil, fmt.Errorf("%w: %d sessions of this guest already: end one of its daemons", unix.EAGAIN, n)
 	}
 	ss := newSession(ctx, s, p, m)
 	s.sessions[ss] = true

@@ -32,6 +32,7 @@ type session struct {
 	version uint16         // that is spoken
 	id      [16]byte       // version 2
 	socket  string         // version 2: where the guest says that it listens
+	write   uint32         // the most data of a READ or WRITE, in bytes
 	log     *slog.Logger
 	relay   *limiter // of the guest's log texts
 	ctx     context.Context
@@ -71,9 +72,12 @@ var errGuestGone = errors.New("the guest closed its control channel and has no m
 
 func newSession(ctx context.Context, s *server, p transport.Peer, m *wire.Init) *session {
 	ss := &session{
-		srv: s, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, socket: m.Socket,
+		srv: s, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, socket: m.Socket, write: maxWrite,
 		log: s.log.With("guest", p.String()), relay: newLimiter(100, 10), busy: make(chan struct{}, maxRequests),
 		mounts: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
+	}
+	if m.MaxWrite > 0 {
+		ss.write = min(ss.write, m.MaxWrite)
 	}
 	ss.ctx, ss.cancel = context.WithCancelCause(ctx)
 	return ss
@@ -103,7 +107,7 @@ func (ss *session) lost() bool {
 // run waits for the session's end and takes it apart.
 func (ss *session) run() {
 	<-ss.ctx.Done()
-	if ss.srv.shutdown(ss.ctx) {
+	if ss.reason() == errShutdown {
 		ss.goodbye()
 	}
 	ss.srv.mu.Lock()
@@ -111,9 +115,7 @@ func (ss *session) run() {
 	ss.srv.mu.Unlock()
 
 	ss.mu.Lock()
-	if ss.control != nil {
-		ss.control.Close()
-	}
+	c := ss.control
 	if ss.events != nil {
 		ss.events.Close()
 	}
@@ -121,6 +123,14 @@ func (ss *session) run() {
 		ss.endLocked(m)
 	}
 	ss.mu.Unlock()
+	if c != nil {
+		if ss.version >= wire.Version2 {
+			// It may be gone, or not listen.
+			c.SetWriteDeadline(time.Now().Add(ss.srv.times.goodbye))
+			_ = wire.Write(c, &wire.Refused{Errno: unix.ESHUTDOWN, Text: ss.reason().Error()})
+		}
+		c.Close()
+	}
 	ss.starting.Lock() // nobody starts a worker after this: see startWorker
 	w := ss.worker
 	ss.starting.Unlock()
@@ -128,13 +138,18 @@ func (ss *session) run() {
 		w.close()
 	}
 	ss.work.Wait()
-	ss.log.Info("session ended", "reason", context.Cause(ss.ctx))
+	ss.log.Info("session ended", "reason", ss.reason())
 }
 
-// shutdown says whether a session's end is the server's.
-func (s *server) shutdown(ctx context.Context) bool {
-	return errors.Is(context.Cause(ctx), context.Canceled)
+// reason is why the session ends.
+func (ss *session) reason() error {
+	if err := context.Cause(ss.ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return errShutdown
 }
+
+var errShutdown = errors.New("the host ends")
 
 // startWorker returns the session's worker, started if need be.
 func (ss *session) startWorker() (*workerProc, error) {
@@ -176,7 +191,7 @@ func (ss *session) startWorker() (*workerProc, error) {
 func (ss *session) addMount(e *Export, dir string) (*mount, error) {
 	w, err := ss.startWorker()
 	if err != nil {
-		return nil, err
+		return nil, &hostError{err}
 	}
 	m := &mount{export: e, dir: dir, done: make(chan struct{})}
 	ss.mu.Lock()
@@ -195,10 +210,15 @@ func (ss *session) addMount(e *Export, dir string) (*mount, error) {
 			ss.endLocked(m)
 		}
 		ss.mu.Unlock()
-		return nil, err
+		return nil, &hostError{err}
 	}
 	return m, nil
 }
+
+// hostError is one whose text is not for guests: it may name the host's paths.
+type hostError struct{ error }
+
+func (e *hostError) Unwrap() error { return e.error }
 
 // passStream gives c, the stream of m, to the worker. The caller closes c.
 func (ss *session) passStream(m *mount, c *transport.Conn) error {
@@ -432,7 +452,7 @@ func (ss *session) goodbye() {
 	timeout := time.After(ss.srv.times.goodbye)
 	for _, m := range asked {
 		id, _ := ss.expect()
-		if c.send(&wire.UnmountAsk{ID: id, MountID: m.id, Reason: wire.ReasonShutdown, Text: "the host ends"}) != nil {
+		if c.send(&wire.UnmountAsk{ID: id, MountID: m.id, Reason: wire.ReasonShutdown, Text: errShutdown.Error()}) != nil {
 			return
 		}
 	}
