@@ -8,10 +8,12 @@ import (
 	"transfused.org/transfused/service/fuse"
 )
 
-// keepFlags are the flags of open(2) that mean something for the host's file. O_DIRECT is not among them: in the guest it
-// goes around the cache, which it does by asking us each time; the host's own demands on alignment
-// and memory would make it fail for no gain.
-const keepFlags = unix.O_ACCMODE | unix.O_APPEND | unix.O_TRUNC | unix.O_SYNC | unix.O_DSYNC | unix.O_NOATIME
+// keepFlags are the flags of open(2) that mean something for the host's file. Not among them are:
+//   - O_DIRECT: in the guest it goes around the cache, and so asks us each time; the host's own demands on alignment
+//     would make it fail for no gain.
+//   - O_APPEND: fcntl(2) can change it, so each WRITE says whether it appends; and the kernel writes the pages of a
+//     mapping through any handle of the file, whose own O_APPEND would put them at its end.
+const keepFlags = unix.O_ACCMODE | unix.O_TRUNC | unix.O_SYNC | unix.O_DSYNC | unix.O_NOATIME
 
 // openFlags are the flags to open a file with.
 func (r *request) openFlags(flags uint32) (int, fuse.Errno) {
@@ -121,15 +123,11 @@ func opWrite(r *request) fuse.Errno {
 	if h.isDir() {
 		return unix.EISDIR
 	}
-	fd := h.fd
-	if in.WriteFlags&fuse.WRITE_CACHE != 0 && h.flags&unix.O_APPEND != 0 {
-		// Pages of a mapping are written through any handle of the file. This one would append them.
-		if fd, e = r.fs.reopen(fd, unix.O_WRONLY); e != 0 {
-			return e
-		}
-		defer unix.Close(fd)
+	how := 0
+	if in.Flags&unix.O_APPEND != 0 && in.WriteFlags&fuse.WRITE_CACHE == 0 {
+		how = unix.RWF_APPEND // the offset is what the guest takes for the end
 	}
-	n, e := pwrite(fd, r.body, int64(in.Offset))
+	n, e := pwrite(h.fd, r.body, int64(in.Offset), how)
 	if e != 0 {
 		return e
 	}

@@ -6,9 +6,14 @@ import (
 	"fmt"
 	"os"
 	"testing"
+
+	"transfused.org/transfused/service/fstest"
 )
 
 func TestMain(m *testing.M) {
+	if fstest.Child() {
+		return
+	}
 	if err := dropFsetid(); err != nil {
 		fmt.Fprintln(os.Stderr, "dropping CAP_FSETID:", err)
 		os.Exit(1)

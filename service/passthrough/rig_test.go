@@ -95,8 +95,15 @@ func mount(t testing.TB, dir string, c Config) string {
 	if err != nil {
 		t.Fatalf("/dev/fuse: %v (as root: modprobe fuse)", err)
 	}
+	flags := uintptr(0)
+	if !c.Suid {
+		flags |= unix.MS_NOSUID
+	}
+	if !c.Dev {
+		flags |= unix.MS_NODEV
+	}
 	opts := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d,default_permissions,allow_other,max_read=%d", fd, os.Getuid(), os.Getgid(), maxTransfer)
-	if err := unix.Mount("transfused-test", mnt, "fuse.transfused-test", unix.MS_NODEV|unix.MS_NOSUID, opts); err != nil {
+	if err := unix.Mount("transfused-test", mnt, "fuse.transfused-test", flags, opts); err != nil {
 		unix.Close(fd)
 		t.Fatalf("mount: %v (these tests need root)", err)
 	}

@@ -108,10 +108,16 @@ func pread(fd int, b []byte, off int64) (n int, e fuse.Errno) {
 	return n, 0
 }
 
-// pwrite writes all of b, or as much as can be.
-func pwrite(fd int, b []byte, off int64) (n int, e fuse.Errno) {
+// pwrite writes all of b, or as much as can be; with RWF_APPEND at the file's end, each part for itself.
+func pwrite(fd int, b []byte, off int64, flags int) (n int, e fuse.Errno) {
 	for n < len(b) {
-		m, _, e := unix.Syscall6(unix.SYS_PWRITE64, uintptr(fd), uintptr(unsafe.Pointer(&b[n])), uintptr(len(b)-n), uintptr(off+int64(n)), 0, 0)
+		iov := unix.Iovec{Base: &b[n], Len: uint64(len(b) - n)}
+		var m uintptr
+		if flags == 0 {
+			m, _, e = unix.Syscall6(unix.SYS_PWRITE64, uintptr(fd), uintptr(unsafe.Pointer(iov.Base)), uintptr(iov.Len), uintptr(off+int64(n)), 0, 0)
+		} else {
+			m, _, e = unix.Syscall6(unix.SYS_PWRITEV2, uintptr(fd), uintptr(unsafe.Pointer(&iov)), 1, uintptr(off+int64(n)), 0, uintptr(flags))
+		}
 		switch {
 		case e == unix.EINTR:
 		case e != 0 && n > 0:
