@@ -57,11 +57,12 @@ func (e *env) git(dir string, args ...string) string {
 	if _, err := exec.LookPath("git"); err != nil {
 		e.notRun("git is not installed: apt-get install git")
 	}
+	// A file, since git does not hand configuration by environment to its helpers.
+	home := e.outside()
+	e.ok(os.WriteFile(home+"/.gitconfig", []byte("[user]\n\tname = fstest\n\temail = fstest@localhost\n[safe]\n\tdirectory = *\n"), 0o644), "write git's configuration")
 	cmd := exec.Command("git", args...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "HOME="+e.dir, "GIT_CONFIG_NOSYSTEM=1", "GIT_CONFIG_COUNT=3",
-		"GIT_CONFIG_KEY_0=user.name", "GIT_CONFIG_VALUE_0=fstest", "GIT_CONFIG_KEY_1=user.email", "GIT_CONFIG_VALUE_1=fstest@localhost",
-		"GIT_CONFIG_KEY_2=safe.directory", "GIT_CONFIG_VALUE_2=*")
+	cmd.Env = append(os.Environ(), "HOME="+home, "XDG_CONFIG_HOME="+home, "GIT_CONFIG_NOSYSTEM=1")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		e.Fatalf("git %s: %v\n%s", strings.Join(args, " "), err, out)
