@@ -72,13 +72,13 @@ func (r *request) openNode(n *node, fd, flags int) fuse.Errno {
 	return reply(r, &fuse.OpenOut{Fh: h.id})
 }
 
-// gone is ESTALE if the host has removed n, so that the guest looks its name up again. What the guest itself has open it may
-// open again (by /proc/self/fd).
+// gone is ESTALE if the host has removed n, so that the guest looks its name up again. What the guest itself has removed or
+// has open it may open (again, by /proc/self/fd, or because its lookup was before the removal).
 func (fs *FS) gone(n *node, fd int) fuse.Errno {
 	fs.mu.Lock()
-	opens := len(n.opens)
+	own := n.removed || len(n.opens) > 0
 	fs.mu.Unlock()
-	if opens > 0 {
+	if own {
 		return 0
 	}
 	var st unix.Statx_t

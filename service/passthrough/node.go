@@ -46,6 +46,7 @@ type node struct {
 	fd      int       // O_PATH, or -1
 	handle  []byte    // its file handle, taken when the descriptor was closed
 	opens   []*handle // of the guest
+	removed bool      // by the guest, with a descriptor kept for it
 	used    bool      // in FS.lru
 
 	next, prev *node

@@ -43,13 +43,14 @@ func (r *request) keep(dir int, name cname) *node {
 	return n
 }
 
-// lost notes that n, which may be nil, is not found under a name any more.
+// lost notes that the guest has removed n, which may be nil, from under a name.
 func (r *request) lost(n, parent *node, name cname) {
 	if n == nil {
 		return
 	}
 	fs := r.fs
 	fs.mu.Lock()
+	n.removed = true
 	if n.parent == parent && name.is(n.name) {
 		fs.move(n, nil, "")
 	}
