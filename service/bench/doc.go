@@ -5,7 +5,7 @@
 //
 // Decisions:
 //   - Everything is measured twice by this program re-executed: once bound to
-//     CPU 0 with all that it starts, once free. Binding before the start is
+//     one CPU with all that it starts, once free. Binding before the start is
 //     the only way by which every thread of every server inherits it.
 //   - Peers take turns, round by round, so that what disturbs the machine
 //     disturbs all; a ratio is the median of the ratios of single rounds.

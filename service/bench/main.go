@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -179,14 +180,10 @@ func measure(ctx context.Context, mode string, c config) (*modeResult, error) {
 // measureChild is the measuring process.
 func measureChild(ctx context.Context) error {
 	mode := os.Getenv(measureEnv)
-	if mode == onOneCPU && !boundToOneCPU() {
-		// Bind the thread and begin anew: all threads to come inherit it.
-		var set unix.CPUSet
-		set.Set(0)
-		if err := unix.SchedSetaffinity(0, &set); err != nil {
-			return fmt.Errorf("bind to CPU 0: %w", err)
+	if mode == onOneCPU {
+		if err := bindToOneCPU(); err != nil {
+			return fmt.Errorf("bind to one CPU: %w", err)
 		}
-		return unix.Exec("/proc/self/exe", os.Args, os.Environ())
 	}
 	os.Unsetenv(measureEnv)
 	var c config
@@ -200,7 +197,24 @@ func measureChild(ctx context.Context) error {
 	return json.NewEncoder(os.Stdout).Encode(r)
 }
 
-func boundToOneCPU() bool {
-	var set unix.CPUSet
-	return unix.SchedGetaffinity(0, &set) == nil && set.Count() == 1
+// bindToOneCPU binds this process to the first CPU that it may use. It binds
+// one thread and begins anew, so that all threads to come inherit it.
+func bindToOneCPU() error {
+	var may, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &may); err != nil {
+		return err
+	}
+	if may.Count() == 1 {
+		return nil
+	}
+	cpu := 0
+	for !may.IsSet(cpu) {
+		cpu++
+	}
+	one.Set(cpu)
+	runtime.LockOSThread()
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		return err
+	}
+	return unix.Exec("/proc/self/exe", os.Args, os.Environ())
 }
