@@ -6,11 +6,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -115,8 +117,7 @@ func probe(w *worker, procFD *os.File) {
 // worker's pid.
 func probed(t *testing.T) (map[string]string, int) {
 	t.Setenv(hookEnv, "probe")
-	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *server) {})
-	// All of the probe's lines are wanted.
+	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}})
 	g := newGuest(t, h.addr, 1).connect()
 	f, _ := g.mount("code")
 	if got := f.read("hello"); got != "hello from code" {
@@ -223,7 +224,13 @@ func TestConfinement(t *testing.T) {
 		"CapPrm": bits(append(permitted, unix.CAP_FSETID)...), "CapBnd": bits(append(permitted, unix.CAP_FSETID)...),
 		"NoNewPrivs": "1", "Seccomp": "2", "Groups": "",
 	}
-	if diff := cmp.Diff(wantStatus, status(t, pid, "CapInh", "CapAmb", "CapEff", "CapPrm", "CapBnd", "NoNewPrivs", "Seccomp", "Groups")); diff != "" {
+	fields := slices.Sorted(maps.Keys(wantStatus))
+	if raceEnabled {
+		t.Log("NOT RUN: capabilities of all threads: the race detector's build cannot drop them; go test without -race does")
+		fields = slices.DeleteFunc(fields, func(f string) bool { return strings.HasPrefix(f, "Cap") })
+		maps.DeleteFunc(wantStatus, func(f, _ string) bool { return strings.HasPrefix(f, "Cap") })
+	}
+	if diff := cmp.Diff(wantStatus, status(t, pid, fields...)); diff != "" {
 		t.Errorf("status of the worker (-want +got):\n%s", diff)
 	}
 	for _, ns := range []string{"mnt", "pid", "net", "ipc"} {

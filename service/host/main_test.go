@@ -5,7 +5,6 @@ package host
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -293,11 +292,18 @@ func (g *guest) request(tag string, options ...string) *wire.MountReply {
 	g.t.Helper()
 	g.next++
 	send(g.t, g.c, &wire.MountRequest{ID: g.next, Tag: tag, Dir: "/mnt/" + tag, Options: options})
-	r := want[*wire.MountReply](g.t, g.c)
-	if r.ID != g.next {
-		g.t.Fatalf("answer to %d, want %d", r.ID, g.next)
+	for {
+		switch m := recv(g.t, g.c).(type) {
+		case *wire.Ping:
+		case *wire.MountReply:
+			if m.ID != g.next {
+				g.t.Fatalf("answer to %d, want %d", m.ID, g.next)
+			}
+			return m
+		default:
+			g.t.Fatalf("got %T %+v, want a MountReply", m, m)
+		}
 	}
-	return r
 }
 
 // open opens the stream of a mount.
@@ -405,12 +411,4 @@ func gone(t testing.TB, c *transport.Conn) {
 	if n, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("the connection is still open (%d bytes came)", n)
 	}
-}
-
-func asJSON(v any) string {
-	b, err := json.Marshal(v)
-	if err != nil {
-		panic(err)
-	}
-	return string(b)
 }

@@ -104,16 +104,16 @@ func (w *worker) run() error {
 	for {
 		var o order
 		files, err := w.conn.Recv(&o)
-		if err == io.EOF {
+		if err == nil {
+			r := w.obey(&o, files)
+			r.ID = o.ID
+			err = w.conn.Send(r)
+		}
+		if err == io.EOF || errors.Is(err, unix.EPIPE) {
 			w.end()
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("worker: %w", err)
-		}
-		r := w.obey(&o, files)
-		r.ID = o.ID
-		if err := w.conn.Send(r); err != nil {
 			return fmt.Errorf("worker: %w", err)
 		}
 	}
