@@ -48,6 +48,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	os.Setenv("GORACE", "atexit_sleep_ms=0") // for the workers: each would take a second to end
 	os.Exit(m.Run())
 }
 
