@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/guest"
+	"transfused.org/transfused/service/transport"
+)
+
+// usageError is one that the command line or the configuration is to blame for.
+type usageError struct{ error }
+
+func (e *usageError) Unwrap() error { return e.error }
+
+// flags are the options as they are typed; config.go has those of the file.
+type flags struct {
+	config     string
+	pidfile    string
+	server     string
+	socket     string
+	fusermount string
+	logfile    string
+	tokenFile  string
+	mounts     []string
+	mountRoots []string
+	allowSuid  bool
+	allowDev   bool
+	debug      bool
+}
+
+func newCommand() *cobra.Command {
+	var f flags
+	cmd := &cobra.Command{
+		Use:   "transfused [flags]",
+		Short: "Mount directories of the host in this VM",
+		Long: `transfused mounts directories of the host in this VM, over vsock. It mounts what it is told by --mount, and what
+the host asks for over the socket; it waits for a host that is not there yet.
+
+As root it mounts by itself, as an ordinary user by fusermount3. On SIGTERM and SIGINT it unmounts
+everything and ends; SIGHUP switches debug logging on and off.
+
+Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration.`,
+		Example: `  transfused --mount code=/mnt/code
+  transfused --server unix:/tmp/h.sock --socket unix:/tmp/g.sock --mount code=/mnt/code,ro`,
+		Version:       version,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := f.settings(cmd.Flags().Changed)
+			if err != nil {
+				return &usageError{err}
+			}
+			return daemon(cmd.Context(), c, f)
+		},
+	}
+	cmd.SetVersionTemplate("transfused {{.Version}}\n")
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageHint(err) })
+	cmd.Args = func(_ *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return usageHint(fmt.Errorf("argument %q is not expected", args[0]))
+		}
+		return nil
+	}
+	fs := cmd.Flags()
+	fs.SortFlags = false
+	fs.StringVarP(&f.server, "server", "d", guest.DefaultServer, "address of the host: vsock:CID:PORT or unix:PATH")
+	fs.StringVarP(&f.socket, "socket", "s", guest.DefaultSocket, `address to listen on for a host that asks for mounts; "none" for nowhere`)
+	fs.StringArrayVar(&f.mounts, "mount", nil, "mount export TAG at DIR: TAG=DIR[,option…] (repeatable)")
+	fs.StringArrayVar(&f.mountRoots, "mount-root", nil, "make mounts only below this directory (repeatable)")
+	fs.BoolVar(&f.allowSuid, "allow-suid", false, "let the host ask for mounts where set-id bits count")
+	fs.BoolVar(&f.allowDev, "allow-dev", false, "let the host ask for mounts where device nodes work")
+	fs.StringVar(&f.tokenFile, "token-file", "", "file with the token that proves this guest to the host")
+	fs.StringVarP(&f.fusermount, "fusermount", "f", "", "program that mounts for an ordinary user (default: fusermount3 in the path)")
+	fs.StringVarP(&f.pidfile, "pidfile", "p", "", "file to write the process id to when the host has answered")
+	fs.StringVarP(&f.logfile, "logfile", "l", "", "file to append the log to (default: standard error)")
+	fs.StringVar(&f.config, "config", "", "TOML file with the same settings; flags win")
+	fs.BoolVar(&f.debug, "debug", false, "log what is useful for finding faults")
+	return cmd
+}
+
+func usageHint(err error) error { return &usageError{fmt.Errorf("%w (transfused --help)", err)} }
+
+// settings merges the configuration file with the flags, which win, and checks the outcome.
+func (f *flags) settings(given func(flag string) bool) (c guest.Config, err error) {
+	c.Software = "transfused " + version
+	var specs []guest.MountSpec
+	if f.config != "" {
+		if specs, err = f.readConfig(f.config, given); err != nil {
+			return c, err
+		}
+	}
+	if given("mount") {
+		specs = nil
+		for _, s := range f.mounts {
+			m, err := guest.ParseMountSpec(s)
+			if err != nil {
+				return c, fmt.Errorf("--mount: %w", err)
+			}
+			specs = append(specs, m)
+		}
+	}
+	c.Mounts = specs
+	if c.Server, err = transport.Parse(f.server); err != nil {
+		return c, fmt.Errorf("server: %w", err)
+	}
+	if f.socket != "none" {
+		if c.Socket, err = transport.Parse(f.socket); err != nil {
+			return c, fmt.Errorf("socket: %w", err)
+		}
+	}
+	if f.tokenFile != "" {
+		if c.Token, err = readToken(f.tokenFile); err != nil {
+			return c, err
+		}
+	}
+	c.MountRoots, c.Fusermount = f.mountRoots, f.fusermount
+	c.AllowSuid, c.AllowDev = f.allowSuid, f.allowDev
+	if f.pidfile != "" {
+		if c.Pidfile, err = filepath.Abs(f.pidfile); err != nil {
+			return c, fmt.Errorf("pidfile: %w", err)
+		}
+	}
+	return c, c.Check()
+}
+
+// readToken reads a token, which nobody else may be able to read.
+func readToken(name string) ([]byte, error) {
+	st, err := os.Stat(name)
+	if err != nil {
+		return nil, fmt.Errorf("token file: %w", err)
+	}
+	if st.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("token file %s: mode %#o lets others read it: chmod 600 it", name, st.Mode().Perm())
+	}
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return nil, fmt.Errorf("token file: %w", err)
+	}
+	for len(b) > 0 && (b[len(b)-1] == '\n' || b[len(b)-1] == '\r') {
+		b = b[:len(b)-1]
+	}
+	if len(b) < 16 || len(b) > 1024 {
+		return nil, fmt.Errorf("token file %s: %d bytes: 16 to 1024 are wanted, such as of: openssl rand -hex 32", name, len(b))
+	}
+	return b, nil
+}
+
+// daemon runs the daemon until a signal ends it.
+func daemon(ctx context.Context, c guest.Config, f flags) error {
+	var out io.Writer = os.Stderr
+	if f.logfile != "" {
+		file, err := os.OpenFile(f.logfile, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
+		if err != nil {
+			return fmt.Errorf("log file: %w", err)
+		}
+		defer file.Close()
+		out = file
+	}
+	var level slog.LevelVar
+	if f.debug {
+		level.Set(slog.LevelDebug)
+	}
+	c.Log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: &level}))
+	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, unix.SIGHUP)
+	defer signal.Stop(hup)
+	toggled := make(chan struct{})
+	done := make(chan struct{})
+	go func() {
+		defer close(toggled)
+		for {
+			select {
+			case <-hup:
+				if level.Level() == slog.LevelDebug {
+					level.Set(slog.LevelInfo)
+				} else {
+					level.Set(slog.LevelDebug)
+				}
+				c.Log.Info("log level", "level", level.Level())
+			case <-done:
+				return
+			}
+		}
+	}()
+	err := guest.Run(ctx, c)
+	close(done)
+	<-toggled
+	return err
+}

@@ -1,0 +1,439 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/wire"
+)
+
+const (
+	handshakeTime = 3 * time.Second  // for the host's first answer (protocol-v1: a longer Init may silence a host)
+	replyTime     = 30 * time.Second // for the answer to a request
+	queueLen      = 256              // messages to the host that wait for its reading
+)
+
+// control is one control channel that is up. Its version is fixed.
+type control struct {
+	conn    *transport.Conn
+	reader  *wire.Reader
+	version uint16
+	peer    wire.Init // of version 2
+	queue   chan queued
+	done    chan struct{} // closed when the channel has ended
+
+	mu      sync.Mutex // guards the rest
+	lastID  uint32
+	waiting map[uint32]chan wire.Message
+}
+
+// queued is a message to the host, or a channel to be closed when all before it were written.
+type queued struct {
+	m       wire.Message
+	written chan struct{}
+}
+
+func newControl(conn *transport.Conn, r *wire.Reader, version uint16, peer wire.Init) *control {
+	return &control{conn: conn, reader: r, version: version, peer: peer, queue: make(chan queued, queueLen),
+		done: make(chan struct{}), waiting: make(map[uint32]chan wire.Message)}
+}
+
+// offer queues m, or drops it where the host does not read: for log lines.
+func (c *control) offer(m wire.Message) {
+	select {
+	case c.queue <- queued{m: m}:
+	default:
+	}
+}
+
+// send queues m, and waits for room; it is lost when the channel ends.
+func (c *control) send(m wire.Message) {
+	select {
+	case c.queue <- queued{m: m}:
+	case <-c.done:
+	}
+}
+
+// flush waits until what was queued is written, in bounded time.
+func (c *control) flush() {
+	t := time.NewTimer(time.Second)
+	defer t.Stop()
+	written := make(chan struct{})
+	queue := c.queue
+	for {
+		select {
+		case queue <- queued{written: written}:
+			queue = nil // once
+		case <-written:
+			return
+		case <-c.done:
+			return
+		case <-t.C:
+			return
+		}
+	}
+}
+
+// write sends what is queued until the channel ends.
+func (c *control) write() {
+	for {
+		select {
+		case q := <-c.queue:
+			if q.written != nil {
+				close(q.written)
+			} else if wire.Write(c.conn, q.m) != nil {
+				c.conn.Shutdown() // the reader tells why
+				return
+			}
+		case <-c.done:
+			return
+		}
+	}
+}
+
+// request sends what make builds for a new id, and waits for the reply of that id.
+func (c *control) request(ctx context.Context, build func(id uint32) wire.Message) (wire.Message, error) {
+	ch := make(chan wire.Message, 1)
+	c.mu.Lock()
+	c.lastID++
+	id := c.lastID
+	c.waiting[id] = ch
+	c.mu.Unlock()
+	defer func() {
+		c.mu.Lock()
+		delete(c.waiting, id)
+		c.mu.Unlock()
+	}()
+	ctx, cancel := context.WithTimeoutCause(ctx, replyTime, errors.New("the host does not answer"))
+	defer cancel()
+	c.send(build(id))
+	select {
+	case m := <-ch:
+		return m, nil
+	case <-c.done:
+		return nil, errControlLost
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+var errControlLost = errors.New("the control channel ended")
+
+// deliver hands a reply to who waits for it; one that nobody asked for is ignored: its asker may have given up.
+func (c *control) deliver(id uint32, m wire.Message) {
+	c.mu.Lock()
+	ch := c.waiting[id]
+	delete(c.waiting, id)
+	c.mu.Unlock()
+	if ch != nil {
+		ch <- m
+	}
+}
+
+// connect dials the host and agrees on a version.
+func (d *daemon) connect(ctx context.Context) (*control, error) {
+	if d.host1.known() {
+		return d.connect1(ctx)
+	}
+	c, err := d.connect2(ctx)
+	if !errors.Is(err, errMaybeV1) || ctx.Err() != nil {
+		return c, err
+	}
+	c, err1 := d.connect1(ctx)
+	if err1 != nil {
+		return nil, fmt.Errorf("%w; and to version 1: %w", err, err1)
+	}
+	d.log.Info("the host speaks protocol version 1", "server", d.c.Server)
+	d.host1.remember(d.log)
+	return c, nil
+}
+
+// errMaybeV1 says that the host took a long Init as one of version 1 would.
+var errMaybeV1 = errors.New("no answer to Init of version 2")
+
+func (d *daemon) connect2(ctx context.Context) (*control, error) {
+	conn, err := transport.Dial(ctx, d.c.Server)
+	if err != nil {
+		return nil, err
+	}
+	init := &wire.Init{Version: wire.Version2, MinVersion: wire.Version1, MaxMessage: wire.MaxControl, MaxWrite: MaxData,
+		FuseMinor: fuse.Minor, MaxStreams: 1, BootID: d.boot, SessionID: d.session, Token: d.c.Token,
+		Kernel: kernelRelease(), Software: d.c.Software}
+	if d.listening.Family != 0 {
+		init.Socket = d.listening.String()
+	}
+	r := wire.NewReader(conn, wire.MaxControl)
+	m, err := firstAnswer(ctx, conn, r, init)
+	switch m := m.(type) {
+	case *wire.Init:
+		if m.Version == wire.Version2 {
+			return newControl(conn, r, wire.Version2, *m), nil
+		}
+		if m.Version == wire.Version1 {
+			err = fmt.Errorf("%w: it answered six bytes", errMaybeV1)
+		} else {
+			err = fmt.Errorf("%w: the host chose version %d, which was not offered", wire.ErrProtocol, m.Version)
+		}
+	case *wire.Refused:
+		err = fmt.Errorf("refused: %s: %w", m.Text, m.Errno)
+	case nil:
+		if !errors.Is(err, wire.ErrProtocol) {
+			err = fmt.Errorf("%w: %w", errMaybeV1, err)
+		}
+	default:
+		err = fmt.Errorf("%w: %T instead of Init", wire.ErrProtocol, m)
+	}
+	conn.Close()
+	return nil, err
+}
+
+func (d *daemon) connect1(ctx context.Context) (*control, error) {
+	conn, err := transport.Dial(ctx, d.c.Server)
+	if err != nil {
+		return nil, err
+	}
+	r := wire.NewReader(conn, wire.MaxControl)
+	m, err := firstAnswer(ctx, conn, r, &wire.Init{Version: wire.Version1})
+	if i, ok := m.(*wire.Init); ok && i.Version == wire.Version1 {
+		return newControl(conn, r, wire.Version1, *i), nil
+	}
+	conn.Close()
+	switch m := m.(type) {
+	case nil:
+		return nil, err
+	case *wire.Refused:
+		return nil, fmt.Errorf("refused: %s: %w", m.Text, m.Errno)
+	default:
+		return nil, fmt.Errorf("%w: %T instead of Init", wire.ErrProtocol, m)
+	}
+}
+
+// firstAnswer sends the first message of a connection and reads the answer, in bounded time. A nil message comes with
+// an error.
+func firstAnswer(ctx context.Context, conn *transport.Conn, r *wire.Reader, m wire.Message) (wire.Message, error) {
+	defer context.AfterFunc(ctx, func() { conn.Shutdown() })()
+	// Deadlines of a connection in the poller can be set.
+	_ = conn.SetDeadline(time.Now().Add(handshakeTime))
+	if err := wire.Write(conn, m); err != nil {
+		return nil, err
+	}
+	t, body, err := r.Next()
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil, errors.New("the host closed the connection")
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, fmt.Errorf("the host is silent for %v", handshakeTime)
+	case err != nil:
+		return nil, err
+	}
+	_ = conn.SetDeadline(time.Time{})
+	return wire.ToGuest(t, body)
+}
+
+// open dials the host for a channel of version 2 and introduces it. The caller owns the connection.
+func (d *daemon) open(ctx context.Context, m wire.Message) (*transport.Conn, error) {
+	conn, err := transport.Dial(ctx, d.c.Server)
+	if err != nil {
+		return nil, err
+	}
+	reply, err := firstAnswer(ctx, conn, wire.NewReader(conn, wire.MaxFirst), m)
+	switch r := reply.(type) {
+	case *wire.OpenReply:
+		if r.Errno == 0 {
+			return conn, nil
+		}
+		err = fmt.Errorf("%s: %w", r.Text, r.Errno)
+	case *wire.Refused:
+		err = fmt.Errorf("refused: %s: %w", r.Text, r.Errno)
+	case nil:
+	default:
+		err = fmt.Errorf("%w: %T instead of OpenReply", wire.ErrProtocol, reply)
+	}
+	conn.Close()
+	return nil, err
+}
+
+// backoff is the time before the next try: 0.1 s to 5 s, with jitter, so that many guests of one host do not come at
+// once.
+type backoff struct{ next time.Duration }
+
+func (b *backoff) reset() { b.next = 0 }
+
+// wait waits, and reports whether ctx goes on.
+func (b *backoff) wait(ctx context.Context) bool {
+	b.next = min(max(2*b.next, 100*time.Millisecond), 5*time.Second)
+	t := time.NewTimer(b.next/2 + rand.N(b.next/2))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// controlLoop keeps the control channel up until ctx ends.
+func (d *daemon) controlLoop(ctx context.Context) {
+	var b backoff
+	said := ""
+	for ctx.Err() == nil {
+		c, err := d.connect(ctx)
+		if err != nil {
+			if ctx.Err() == nil && err.Error() != said {
+				said = err.Error()
+				d.log.Warn(fmt.Sprintf("waiting for the host at %s: %s", d.c.Server, err))
+			}
+			if !b.wait(ctx) {
+				return
+			}
+			continue
+		}
+		said = ""
+		b.reset()
+		err = d.session1(ctx, c)
+		if ctx.Err() == nil {
+			d.log.Warn(fmt.Sprintf("the control channel to the host at %s ended, its mounts go on: %s", d.c.Server, err))
+			if !b.wait(ctx) {
+				return
+			}
+		}
+	}
+}
+
+// session1 serves one control channel until it ends.
+func (d *daemon) session1(ctx context.Context, c *control) error {
+	stop := context.AfterFunc(ctx, func() { c.conn.Shutdown() })
+	defer stop()
+	var wg sync.WaitGroup
+	wg.Go(c.write)
+	d.up(c)
+	sctx, cancel := context.WithCancel(ctx)
+	if c.version >= wire.Version2 {
+		wg.Go(func() { d.openEvents(sctx) })
+	}
+	err := d.readControl(sctx, c, &wg)
+	d.down(c)
+	cancel()
+	close(c.done)
+	c.conn.Close()
+	wg.Wait()
+	return err
+}
+
+func (d *daemon) readControl(ctx context.Context, c *control, wg *sync.WaitGroup) error {
+	for {
+		t, body, err := c.reader.Next()
+		if errors.Is(err, io.EOF) {
+			return errors.New("the host closed it")
+		}
+		if err != nil {
+			return err
+		}
+		m, err := wire.ToGuest(t, body)
+		if err != nil {
+			return err
+		}
+		if c.version < wire.Version2 && t >= wire.TypeRefused {
+			return fmt.Errorf("%w: %T from a host of version 1", wire.ErrProtocol, m)
+		}
+		switch m := m.(type) {
+		case *wire.SuitabilityRequest:
+			d.limited(wg, func() { d.suitability(ctx, c, m) })
+		case *wire.PerfstatRequest:
+			c.send(d.perfstat(m))
+		case *wire.Ping:
+			c.send(&wire.Alive{ID: m.ID})
+		case *wire.MountReply:
+			c.deliver(m.ID, m)
+		case *wire.MountAsk:
+			d.limited(wg, func() { d.mountAsked(ctx, c, m) })
+		case *wire.UnmountAsk:
+			d.limited(wg, func() { d.unmountAsked(ctx, c, m) })
+		case *wire.Refused:
+			return fmt.Errorf("the host refuses: %s: %w", m.Text, m.Errno)
+		case *wire.Alive, *wire.ExportsReply:
+			// Answers to what is not asked: harmless.
+		default:
+			return fmt.Errorf("%w: %T on the control channel", wire.ErrProtocol, m)
+		}
+	}
+}
+
+// limited runs f, of which a host may have so many at once; the channel is not read while there are more.
+func (d *daemon) limited(wg *sync.WaitGroup, f func()) {
+	d.asks <- struct{}{}
+	wg.Go(func() {
+		defer func() { <-d.asks }()
+		f()
+	})
+}
+
+func (d *daemon) suitability(ctx context.Context, c *control, m *wire.SuitabilityRequest) {
+	a, err := d.helper.call(ctx, call{Op: opSuit, Paths: m.Paths, Export: m.Export})
+	if err != nil {
+		c.send(&wire.ErrorReply{ID: m.ID, Text: "suitability: " + err.Error()})
+		return
+	}
+	c.send(&wire.SuitabilityReply{ID: m.ID, Paths: a.Paths})
+}
+
+func (d *daemon) perfstat(m *wire.PerfstatRequest) wire.Message {
+	mnt := d.mountAtDir(m.Dir)
+	if mnt == nil {
+		return &wire.ErrorReply{ID: m.ID, Text: fmt.Sprintf("perfstat: nothing of this host is mounted at %q", m.Dir)}
+	}
+	r := &wire.PerfstatReply{ID: m.ID, Now: monotonic()}
+	if m.Stop {
+		r.Entries = mnt.pump.stopPerf()
+	} else {
+		mnt.pump.startPerf()
+	}
+	return r
+}
+
+// openEvents opens the session's event channel of version 2.
+func (d *daemon) openEvents(ctx context.Context) {
+	a, err := d.helper.call(ctx, call{Op: opThread})
+	if err != nil {
+		d.log.Error("event channel", "error", err)
+		return
+	}
+	q := call{Op: opEvents2, Thread: a.Thread}
+	conn, err := d.open(ctx, &wire.EventOpen{SessionID: d.session, Token: d.c.Token, ThreadID: uint32(a.Thread)})
+	if err == nil {
+		err = d.pass(ctx, q, conn)
+	} else {
+		_, _ = d.helper.call(ctx, q) // ends the thread; an error means that the helper did
+	}
+	if err != nil && ctx.Err() == nil {
+		if errors.Is(err, unix.ENOSYS) {
+			d.log.Debug("the host sends no events", "error", err)
+		} else {
+			d.log.Warn("event channel", "error", err)
+		}
+	}
+}
+
+// pass gives conn, and files after it, to the helper.
+func (d *daemon) pass(ctx context.Context, q call, conn *transport.Conn, files ...*os.File) error {
+	defer conn.Close()
+	f, err := conn.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = d.helper.call(ctx, q, append([]*os.File{f}, files...)...)
+	return err
+}

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+
+	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/wire"
+)
+
+// maxAsks is how many mounts, unmounts and suitability requests of the host are served at once.
+const maxAsks = 16
+
+// daemon is one running guest daemon.
+type daemon struct {
+	c         Config
+	log       *slog.Logger
+	ctx       context.Context // ends when the daemon is told to
+	roots     []string
+	listening transport.Addr
+	boot      [16]byte
+	session   [16]byte // of version 2; one for the life of the daemon
+	host1     *host1
+	helper    *helper
+	control   atomic.Pointer[control] // nil while it is down
+	asks      chan struct{}
+	ready     sync.Once
+	wg        sync.WaitGroup // mounts, and what serves them
+
+	mu      sync.Mutex // guards the rest
+	upOrNot chan struct{}
+	mounts  map[uint64]*mount
+	lastKey uint64
+	ending  bool
+}
+
+// Run is the daemon. It serves until ctx ends, and then unmounts everything, ends its helper and returns nil. It
+// returns an error where it can't begin, where none of the mounts that it was to make can be made, or when its helper
+// process has ended. The program's main must hand the role HelperRole to Helper.
+func Run(ctx context.Context, c Config) error {
+	if err := c.Check(); err != nil {
+		return err
+	}
+	roots, err := cleanRoots(c.MountRoots)
+	if err != nil {
+		return err
+	}
+	for _, m := range c.Mounts {
+		if err := checkPoint(m.Dir, roots); err != nil {
+			return err
+		}
+	}
+	if len(c.Mounts) > 0 && os.Geteuid() != 0 {
+		if _, err := findFusermount(c.Fusermount); err != nil {
+			return err
+		}
+	}
+	if c.StateDir == "" {
+		c.StateDir = StateDir()
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	d := &daemon{c: c, roots: roots, boot: bootID(), asks: make(chan struct{}, maxAsks),
+		mounts: make(map[uint64]*mount), upOrNot: make(chan struct{})}
+	d.log = slog.New(&relay{Handler: c.Log.Handler(), to: &d.control})
+	d.host1 = newHost1(c.StateDir, c.Server, d.boot)
+	rand.Read(d.session[:]) // never fails
+
+	var ln *transport.Listener
+	if c.Socket.Family != 0 {
+		if ln, err = transport.Listen(c.Socket); err != nil {
+			return err
+		}
+		defer ln.Close()
+		d.listening = ln.Addr()
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	d.ctx = ctx
+	d.helper, err = startHelper(roots, c.Fusermount, func(s string) { d.log.Warn(s) }, d.pong)
+	if err != nil {
+		return err
+	}
+	defer d.helper.end()
+	go func() {
+		select {
+		case <-d.helper.done:
+			cancel(errHelperEnded)
+		case <-ctx.Done():
+		}
+	}()
+	return d.serve(ctx, cancel, ln)
+}
+
+// serve starts everything, waits for the end, and ends everything in the order that lets mounts write back.
+func (d *daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *transport.Listener) error {
+	// The control channel outlives ctx: unmounting tells the host.
+	cctx, endControl := context.WithCancel(context.WithoutCancel(ctx))
+	defer endControl()
+	var channels, askers sync.WaitGroup
+	channels.Go(func() { d.controlLoop(cctx) })
+	if ln != nil {
+		askers.Go(func() { d.acceptLoop(ctx, ln) })
+	}
+	d.keepAll(ctx, cancel, &askers, ln != nil)
+
+	<-ctx.Done()
+	if ln != nil {
+		ln.Close()
+	}
+	d.mu.Lock()
+	d.ending = true
+	var left []*mount
+	for _, m := range d.mounts {
+		left = append(left, m)
+	}
+	d.mu.Unlock()
+	var unmounts sync.WaitGroup
+	for _, m := range left {
+		unmounts.Go(func() { d.unmount(m, wire.ReasonShutdown) })
+	}
+	unmounts.Wait()
+	askers.Wait()
+	if c := d.control.Load(); c != nil {
+		c.flush()
+	}
+	endControl()
+	channels.Wait()
+	d.wg.Wait() // last: until here somebody may add to it
+	if d.c.Pidfile != "" {
+		if b, err := os.ReadFile(d.c.Pidfile); err == nil && string(b) == strconv.Itoa(os.Getpid())+"\n" {
+			os.Remove(d.c.Pidfile) // if it stays, the pid in it is of no process
+		}
+	}
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// keepAll keeps the configured mounts. When none of them can be made and nobody can ask for others, the daemon ends.
+func (d *daemon) keepAll(ctx context.Context, cancel context.CancelCauseFunc, wg *sync.WaitGroup, listens bool) {
+	var (
+		mu     sync.Mutex
+		failed int
+	)
+	for _, spec := range d.c.Mounts {
+		wg.Go(func() {
+			err := d.keepMounted(ctx, spec)
+			if err == nil {
+				return
+			}
+			mu.Lock()
+			failed++
+			last := failed == len(d.c.Mounts)
+			mu.Unlock()
+			if last && !(listens && d.host1.known()) {
+				cancel(err)
+				return
+			}
+			d.log.Error(err.Error())
+		})
+	}
+}
+
+// up makes c the control channel, and tells who waits for one.
+func (d *daemon) up(c *control) {
+	d.control.Store(c)
+	d.log.Info(fmt.Sprintf("connected to the host at %s", d.c.Server), "version", c.version)
+	d.ready.Do(func() {
+		if d.c.Pidfile == "" {
+			return
+		}
+		if err := os.WriteFile(d.c.Pidfile, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644); err != nil {
+			d.log.Error("pidfile: " + err.Error())
+		}
+	})
+	d.mu.Lock()
+	close(d.upOrNot)
+	d.upOrNot = make(chan struct{})
+	d.mu.Unlock()
+}
+
+func (d *daemon) down(c *control) { d.control.CompareAndSwap(c, nil) }
+
+// waitControl waits for a control channel that is up; nil when ctx ends.
+func (d *daemon) waitControl(ctx context.Context) *control {
+	for {
+		d.mu.Lock()
+		changed := d.upOrNot
+		d.mu.Unlock()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if c := d.control.Load(); c != nil {
+			return c
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// pong answers an event of version 1 that asks for it.
+func (d *daemon) pong() {
+	if c := d.control.Load(); c != nil {
+		c.offer(&wire.Pong{}) // it is the helper's reader who calls: it must not wait for the host
+	}
+}

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/wire"
+)
+
+// actor is the one OS thread of an event channel. The host knows it by its id, and answers what it asks
+// as the event in progress wants: so it makes the call of each event and no other on a file system. Paths are
+// resolved elsewhere.
+type actor struct {
+	tid  int
+	work chan func()
+}
+
+func newActor() *actor {
+	a := &actor{work: make(chan func())}
+	started := make(chan int)
+	go func() {
+		// Never unlocked: the thread ends with the goroutine, and its id means nothing any more.
+		runtime.LockOSThread()
+		started <- unix.Gettid()
+		for f := range a.work {
+			f()
+		}
+	}()
+	a.tid = <-started
+	return a
+}
+
+// do runs f on the thread and waits for it.
+func (a *actor) do(f func() error) error {
+	done := make(chan error)
+	a.work <- func() { done <- f() }
+	return <-done
+}
+
+func (a *actor) close() { close(a.work) }
+
+// serveEvents1 acts the events of version 1 until the channel ends.
+func (h *helperServer) serveEvents1(conn io.ReadWriteCloser) {
+	defer conn.Close()
+	a := newActor()
+	defer a.close()
+	if _, err := conn.Write([]byte(strconv.Itoa(a.tid))); err != nil {
+		return
+	}
+	r := wire.NewEventReader(conn)
+	for {
+		e, err := r.Next()
+		if err != nil {
+			h.channelEnded("event", err)
+			return
+		}
+		if e.Action == wire.ActionPing {
+			h.send(report{Pong: true})
+			continue
+		}
+		if err := h.act1(a, e); err != nil {
+			h.logf("Event %s %s error: %s", actionName(e.Action), e.Path, err)
+		}
+	}
+}
+
+// serveEvents2 acts the events of version 2, and answers each.
+func (h *helperServer) serveEvents2(a *actor, conn io.ReadWriteCloser) {
+	defer conn.Close()
+	defer a.close()
+	r := wire.NewReader(conn, wire.MaxControl)
+	for {
+		t, body, err := r.Next()
+		var m wire.Message
+		if err == nil {
+			m, err = wire.ToGuest(t, body)
+		}
+		e, ok := m.(*wire.Event)
+		if err == nil && !ok {
+			err = fmt.Errorf("%w: %T on the event channel", wire.ErrProtocol, m)
+		}
+		if err != nil {
+			h.channelEnded("event", err)
+			return
+		}
+		err = h.act2(a, e)
+		if err != nil {
+			h.logf("Event %s %s error: %s", actionName(e.Action), e.Path, err)
+		}
+		if err := wire.Write(conn, &wire.EventDone{Number: e.Number, Errno: errnoFor(err)}); err != nil {
+			return
+		}
+	}
+}
+
+func (h *helperServer) channelEnded(what string, err error) {
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, os.ErrClosed) {
+		h.logf("%s channel ended: %s", what, err)
+	}
+}
+
+// act1 finds the mount of a version 1 event, whose path is absolute in the guest.
+func (h *helperServer) act1(a *actor, e wire.EventV1) error {
+	m, rel := h.mountOf(e.Path)
+	if m == nil {
+		return fmt.Errorf("%w: it is below no mount of this host", unix.EPERM)
+	}
+	if e.Action > wire.ActionMknod {
+		return fmt.Errorf("%w: action %d is not known", unix.EINVAL, e.Action)
+	}
+	return m.act(a, e.Action, rel, "", unix.S_IFREG|0o600)
+}
+
+func (h *helperServer) act2(a *actor, e *wire.Event) error {
+	m := h.mountByWire(e.MountID)
+	if m == nil {
+		return fmt.Errorf("%w: no mount %d", unix.ENODEV, e.MountID)
+	}
+	return m.act(a, e.Action, e.Path, e.NewPath, e.Mode)
+}
+
+// act makes the call of one event, below the root of m and nowhere else.
+func (m *helperMount) act(a *actor, action wire.Action, rel, newRel string, mode uint32) error {
+	root, err := m.actingRoot()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(root)
+	switch action {
+	case wire.ActionTruncate, wire.ActionChmod, wire.ActionCloseWrite:
+		fd, err := beneath(root, rel, unix.O_PATH|unix.O_NOFOLLOW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return actOn(a, action, fd, mode)
+	}
+	parent, name, err := parentOf(root, rel)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(parent)
+	switch action {
+	case wire.ActionRmdir:
+		return a.do(func() error { return unix.Unlinkat(parent, name, unix.AT_REMOVEDIR) })
+	case wire.ActionUnlink:
+		return a.do(func() error { return unix.Unlinkat(parent, name, 0) })
+	case wire.ActionMkdir:
+		return a.do(func() error { return unix.Mkdirat(parent, name, 0) })
+	case wire.ActionSymlink:
+		return a.do(func() error { return unix.Symlinkat(".", parent, name) })
+	case wire.ActionMknod:
+		switch mode & unix.S_IFMT {
+		case unix.S_IFREG, unix.S_IFIFO, unix.S_IFSOCK:
+		default:
+			mode = unix.S_IFREG | 0o600 // devices are nothing to watch for, and nothing to make
+		}
+		return a.do(func() error { return unix.Mknodat(parent, name, mode&(unix.S_IFMT|0o777), 0) })
+	case wire.ActionRename:
+		to, newName, err := parentOf(root, newRel)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(to)
+		return a.do(func() error { return unix.Renameat2(parent, name, to, newName, 0) })
+	}
+	return fmt.Errorf("%w: action %d is not known", unix.EINVAL, action)
+}
+
+// actOn acts on a file that fd, an O_PATH descriptor, holds: a name would follow symbolic links that the host itself
+// supplies.
+func actOn(a *actor, action wire.Action, fd int, mode uint32) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	kind := st.Mode & unix.S_IFMT
+	if kind != unix.S_IFREG && (action != wire.ActionChmod || kind != unix.S_IFDIR) {
+		return fmt.Errorf("%w: it is no regular file", unix.EINVAL)
+	}
+	self := "/proc/self/fd/" + strconv.Itoa(fd)
+	switch action {
+	case wire.ActionTruncate:
+		return a.do(func() error { return unix.Truncate(self, 0) })
+	case wire.ActionChmod:
+		if mode&0o7777 == 0 {
+			mode = 0o700
+		}
+		return a.do(func() error { return unix.Chmod(self, mode&0o777) })
+	default:
+		return a.do(func() error {
+			w, err := unix.Open(self, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+			if err == nil {
+				err = unix.Close(w)
+			}
+			return err
+		})
+	}
+}
+
+// beneath opens rel below root without following a symbolic link or crossing into another mount.
+func beneath(root int, rel string, flags int) (int, error) {
+	if rel == "" {
+		rel = "."
+	}
+	return openat2(root, rel, flags, unix.RESOLVE_BENEATH|noLinks|unix.RESOLVE_NO_XDEV)
+}
+
+// parentOf opens the directory of rel, and returns the name in it.
+func parentOf(root int, rel string) (int, string, error) {
+	dir, name := path.Split(rel)
+	if name == "" || name == "." || name == ".." {
+		return -1, "", fmt.Errorf("%w: the path names no entry of the mount", unix.EINVAL)
+	}
+	fd, err := beneath(root, strings.TrimSuffix(dir, "/"), unix.O_PATH|unix.O_DIRECTORY)
+	return fd, name, err
+}
+
+// actingRoot opens the root to act from. A mount that is read-only is so for others: the call is made through a
+// detached clone that is not (its superblock is writable), and inotify fires on the inode, which both have.
+func (m *helperMount) actingRoot() (int, error) {
+	root, err := m.point.root()
+	if err != nil || !m.readOnly {
+		return root, err
+	}
+	defer unix.Close(root)
+	clone, err := unix.OpenTree(root, "", unix.AT_EMPTY_PATH|unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("act on a read-only mount: open_tree: %w", err)
+	}
+	if err := unix.MountSetattr(clone, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}); err != nil {
+		unix.Close(clone)
+		return -1, fmt.Errorf("act on a read-only mount: mount_setattr: %w", err)
+	}
+	return clone, nil
+}
+
+func actionName(a wire.Action) string {
+	names := []string{"rmdir", "unlink", "mkdir", "symlink", "truncate", "chmod", "mknod", "rename", "close-write"}
+	if int(a) < len(names) {
+		return names[a]
+	}
+	return strconv.Itoa(int(a))
+}
+
+// errnoFor is what a peer is told of err.
+func errnoFor(err error) unix.Errno {
+	var errno unix.Errno
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &errno):
+		return errno
+	case errors.Is(err, fs.ErrNotExist):
+		return unix.ENOENT
+	}
+	return unix.EIO
+}

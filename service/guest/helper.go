@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/ipc"
+	"transfused.org/transfused/service/transport"
+)
+
+// HelperRole is the role under which the daemon starts its helper (ipc.Start).
+const HelperRole = "helper"
+
+// Operations of a call.
+const (
+	opSetup   = "setup"   // Roots, Fusermount
+	opMount   = "mount"   // Key, Dir, Options, WireID; answers with the device
+	opUnmount = "unmount" // Key, Force
+	opForget  = "forget"  // Key: it is unmounted
+	opSuit    = "suit"    // Paths, Export; answers with Paths
+	opEvents1 = "events1" // and the connection
+	opThread  = "thread"  // answers with Thread
+	opEvents2 = "events2" // Thread, and the connection, or none if it failed
+	opNotify  = "notify"  // Key, and the connection and the device
+)
+
+// call is what the daemon asks of the helper.
+type call struct {
+	ID         uint64
+	Op         string
+	Key        uint64 `json:",omitempty"` // of the mount; the daemon chooses it
+	Dir        string `json:",omitempty"`
+	Options    MountOptions
+	WireID     uint32   `json:",omitempty"` // MountID of version 2
+	Force      bool     `json:",omitempty"`
+	Paths      []string `json:",omitempty"`
+	Export     bool     `json:",omitempty"`
+	Roots      []string `json:",omitempty"`
+	Fusermount string   `json:",omitempty"`
+	Thread     int      `json:",omitempty"`
+}
+
+// report is what the helper says: an answer, or, with ID 0, a line for the log or a pong.
+type report struct {
+	ID     uint64
+	Errno  unix.Errno `json:",omitempty"`
+	Error  string     `json:",omitempty"`
+	Paths  []string   `json:",omitempty"`
+	Thread int        `json:",omitempty"`
+	Log    string     `json:",omitempty"`
+	Pong   bool       `json:",omitempty"`
+}
+
+// helperServer is the helper process: it makes every call that looks at paths or may wait for a mount.
+type helperServer struct {
+	conn *ipc.Conn
+
+	mu         sync.Mutex // guards the rest
+	roots      []string
+	fusermount string
+	mounts     map[uint64]*helperMount
+	actors     map[int]*actor // threads whose channel is being dialled
+}
+
+type helperMount struct {
+	point    *point
+	wireID   uint32
+	readOnly bool
+}
+
+// Helper is the main of the helper process. It returns when the daemon has ended; a daemon that was killed leaves its
+// mounts, which are then detached here.
+func Helper(c *ipc.Conn) error {
+	// A terminal and systemd signal all processes of the daemon; the daemon still needs this one to unmount.
+	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	h := &helperServer{conn: c, mounts: make(map[uint64]*helperMount), actors: make(map[int]*actor)}
+	defer h.detachAll()
+	for {
+		var q call
+		files, err := c.Recv(&q)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if q.Op == opSetup {
+			h.roots, h.fusermount = q.Roots, q.Fusermount
+			continue
+		}
+		// Each in its own goroutine: one that waits for a dead mount stops no other.
+		go func() {
+			r, dev, err := h.serve(q, files)
+			if err != nil {
+				r.Error, r.Errno = err.Error(), errnoFor(err)
+			}
+			r.ID = q.ID
+			if dev != nil {
+				h.send(r, dev)
+				dev.Close()
+				return
+			}
+			h.send(r)
+		}()
+	}
+}
+
+// send reports to the daemon. If that is gone, Recv tells it.
+func (h *helperServer) send(r report, files ...*os.File) { _ = h.conn.Send(r, files...) }
+
+func (h *helperServer) logf(format string, args ...any) {
+	h.send(report{Log: fmt.Sprintf(format, args...)})
+}
+
+// serve answers one call. It owns files.
+func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, err error) {
+	want := map[string]int{opEvents1: 1, opEvents2: 1, opNotify: 2}[q.Op]
+	if len(files) != want && (q.Op != opEvents2 || len(files) != 0) {
+		for _, f := range files {
+			f.Close()
+		}
+		return r, nil, fmt.Errorf("%s with %d descriptors: %w", q.Op, len(files), unix.EINVAL)
+	}
+	switch q.Op {
+	case opMount:
+		dev, err = h.mount(q)
+	case opUnmount:
+		if m := h.take(q.Key, false); m != nil {
+			err = m.point.unmount(h.fusermount, q.Force)
+		}
+	case opForget:
+		if m := h.take(q.Key, true); m != nil {
+			m.point.close()
+		}
+	case opSuit:
+		for _, p := range q.Paths {
+			if suits(p, q.Export) {
+				r.Paths = append(r.Paths, p)
+			}
+		}
+	case opEvents1:
+		go h.serveEvents1(transport.NewConn(files[0], transport.Peer{}))
+	case opThread:
+		a := newActor()
+		h.mu.Lock()
+		h.actors[a.tid] = a
+		h.mu.Unlock()
+		r.Thread = a.tid
+	case opEvents2:
+		h.mu.Lock()
+		a := h.actors[q.Thread]
+		delete(h.actors, q.Thread)
+		h.mu.Unlock()
+		switch {
+		case a != nil && len(files) == 1:
+			go h.serveEvents2(a, transport.NewConn(files[0], transport.Peer{}))
+		case a != nil:
+			a.close()
+		}
+	case opNotify:
+		go h.serveNotify(q.Dir, transport.NewConn(files[0], transport.Peer{}), files[1])
+	default:
+		err = fmt.Errorf("operation %q: %w", q.Op, unix.ENOSYS)
+	}
+	return r, dev, err
+}
+
+func (h *helperServer) mount(q call) (*os.File, error) {
+	point, target, err := preparePoint(q.Dir, h.roots)
+	if err != nil {
+		return nil, err
+	}
+	defer target.Close()
+	var dev *os.File
+	if os.Geteuid() == 0 {
+		dev, err = mountAt(int(target.Fd()), q.Options)
+	} else {
+		var prog string
+		if prog, err = findFusermount(h.fusermount); err == nil {
+			dev, err = MountUser(prog, point.dir, q.Options)
+		}
+	}
+	if err != nil {
+		point.close()
+		return nil, fmt.Errorf("mount %s: %w", point.dir, err)
+	}
+	root, err := openat2(int(point.parent.Fd()), point.name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|noLinks)
+	if err == nil {
+		point.id, err = mountIDOf(root)
+		unix.Close(root)
+	}
+	if err != nil {
+		dev.Close()
+		point.close()
+		return nil, fmt.Errorf("mount %s: look at it: %w", point.dir, err)
+	}
+	h.mu.Lock()
+	h.mounts[q.Key] = &helperMount{point: point, wireID: q.WireID, readOnly: q.Options.ReadOnly}
+	h.mu.Unlock()
+	return dev, nil
+}
+
+// take returns a mount, and removes it if asked.
+func (h *helperServer) take(key uint64, remove bool) *helperMount {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	m := h.mounts[key]
+	if remove {
+		delete(h.mounts, key)
+	}
+	return m
+}
+
+// mountOf returns the innermost mount that holds path, and the rest of path.
+func (h *helperServer) mountOf(path string) (m *helperMount, rel string) {
+	// Not cleaned: an event with .. in its path is refused where it is resolved.
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, c := range h.mounts {
+		if (path == c.point.dir || strings.HasPrefix(path, c.point.dir+"/")) && (m == nil || len(c.point.dir) > len(m.point.dir)) {
+			m = c
+		}
+	}
+	if m != nil {
+		rel = strings.TrimLeft(path[len(m.point.dir):], "/")
+	}
+	return m, rel
+}
+
+func (h *helperServer) mountByWire(id uint32) *helperMount {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.mounts {
+		if m.wireID == id {
+			return m
+		}
+	}
+	return nil
+}
+
+// detachAll is for the end: what is still mounted has lost its daemon.
+func (h *helperServer) detachAll() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.mounts {
+		// There is nobody left to tell of a failure.
+		_ = m.point.unmount(h.fusermount, true)
+	}
+}
+
+// cleanRoots makes the roots absolute and free of symbolic links, once, in the words of who runs the daemon.
+func cleanRoots(roots []string) ([]string, error) {
+	var clean []string
+	for _, r := range roots {
+		if !filepath.IsAbs(r) {
+			return nil, fmt.Errorf("mount root %q: an absolute path is wanted", r)
+		}
+		p, err := filepath.EvalSymlinks(r)
+		if errors.Is(err, os.ErrNotExist) {
+			p, err = filepath.Clean(r), nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("mount root: %w", err)
+		}
+		clean = append(clean, p)
+	}
+	return clean, nil
+}
