@@ -165,19 +165,17 @@ type memory struct {
 // memory returns that of the peer's processes and all their descendants.
 func (p *peer) memory() []memory {
 	var all []memory
-	var add func(pid int)
-	add = func(pid int) {
+	var add func(name string, pid int)
+	add = func(name string, pid int) {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		if err != nil {
 			return // it has ended
 		}
-		m := memory{PID: pid}
+		m := memory{Process: name, PID: pid}
 		for line := range strings.Lines(string(b)) {
 			key, value, _ := strings.Cut(line, ":")
 			value = strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(value), "kB"))
 			switch key {
-			case "Name":
-				m.Process = value
 			case "VmRSS":
 				m.RSS, _ = strconv.Atoi(value)
 			case "VmHWM":
@@ -190,13 +188,13 @@ func (p *peer) memory() []memory {
 			b, _ := os.ReadFile(f)
 			for _, s := range strings.Fields(string(b)) {
 				if child, err := strconv.Atoi(s); err == nil {
-					add(child)
+					add(name+"'s child", child) // a re-executed program has no name of its own
 				}
 			}
 		}
 	}
 	for _, pr := range p.procs {
-		add(pr.cmd.Process.Pid)
+		add(pr.name, pr.cmd.Process.Pid)
 	}
 	return all
 }
