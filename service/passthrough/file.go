@@ -144,6 +144,9 @@ func opFlush(r *request) fuse.Errno {
 		return e
 	}
 	r.fs.flushLocks(r.hdr.NodeID, in.LockOwner)
+	if h.flags&unix.O_ACCMODE == unix.O_RDONLY {
+		return 0
+	}
 	// A network file system below reports at close what it could not write.
 	d, err := unix.FcntlInt(uintptr(h.fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {

@@ -65,7 +65,7 @@ type FS struct {
 	session  atomic.Pointer[session] // nil before INIT
 	requests atomic.Uint64
 
-	// mu guards the tables, and every field of node and handle that says so. It is held for no system call.
+	// mu guards the tables, and every field of node and handle that says so. No system call is made under it but name_to_handle_at.
 	mu      sync.Mutex
 	nodes   map[uint64]*node
 	keys    map[key]*node

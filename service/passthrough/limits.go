@@ -116,12 +116,15 @@ func (g *byteGauge) give(n int) {
 	g.free.Broadcast()
 }
 
-// Buffers for requests and replies that do not fit a request's own. A size class is a power of two.
+// Buffers for requests and replies that do not fit a request's own. A size class is a power of two, and room for headers.
 const (
 	minBufferBits = 13
 	maxBufferBits = 21
-	maxBuffer     = 1 << maxBufferBits
+	bufferRoom    = 4096
+	maxBuffer     = 1<<maxBufferBits + bufferRoom
 )
+
+func bufferSize(class int) int { return 1<<(minBufferBits+class) + bufferRoom }
 
 type buffer struct {
 	b     []byte
@@ -134,10 +137,10 @@ var bufferPools [maxBufferBits - minBufferBits + 1]sync.Pool
 // the request holds another.
 func (l *Limits) getBuffer(n int, holds bool) *buffer {
 	class := 0
-	for n > 1<<(minBufferBits+class) {
+	for n > bufferSize(class) {
 		class++
 	}
-	size := 1 << (minBufferBits + class)
+	size := bufferSize(class)
 	l.bytes.take(size, holds)
 	if b, _ := bufferPools[class].Get().(*buffer); b != nil {
 		return b

@@ -13,12 +13,14 @@ import (
 const maxDepth = 2048
 
 // path is a descriptor (O_PATH) of n, which the caller has pinned; it is valid as long as that.
-func (n *node) path() (int, fuse.Errno) { return n.fs.path(n, maxDepth) }
+func (n *node) path() (int, fuse.Errno) { return n.fs.path(n, maxDepth, 0) }
 
-func (fs *FS) path(n *node, depth int) (int, fuse.Errno) {
+// path adds pins to those of n when it succeeds; before, n need only exist.
+func (fs *FS) path(n *node, depth, pins int) (int, fuse.Errno) {
 	fs.mu.Lock()
 	if n.fd >= 0 {
 		fd := n.fd
+		n.pins += pins
 		if n.used {
 			fs.lruRemove(n)
 			fs.lruAdd(n)
@@ -30,15 +32,12 @@ func (fs *FS) path(n *node, depth int) (int, fuse.Errno) {
 	if depth == 0 {
 		return -1, unix.ESTALE
 	}
-	if e := fs.takeFD(); e != 0 {
-		return -1, e
-	}
 	fd, e := fs.reach(n, depth)
 	if e != 0 {
-		fs.giveFD()
 		return -1, e
 	}
 	fs.mu.Lock()
+	n.pins += pins
 	if n.fd >= 0 { // another request was faster
 		fs.dead = append(fs.dead, fd)
 		fd = n.fd
@@ -50,65 +49,84 @@ func (fs *FS) path(n *node, depth int) (int, fuse.Errno) {
 	return fd, 0
 }
 
-// reach opens n, that has no descriptor.
+// reach opens n, which has no descriptor. The new one is counted.
 func (fs *FS) reach(n *node, depth int) (int, fuse.Errno) {
 	fs.mu.Lock()
 	parent, name, fh := n.parent, n.name, n.handle
-	open := -1
-	if len(n.opens) > 0 { // n.pins counts it, so it may end only with our caller's pin; see below
-		h := n.opens[0]
-		h.refs++
-		open = h.fd
-		defer func() {
-			fs.mu.Lock()
-			fs.unrefHandle(h)
-			fs.unlock()
-		}()
+	var open *handle
+	switch {
+	case len(n.opens) > 0:
+		open = n.opens[0]
+		open.refs++
+	case parent != nil:
+		parent.kids++ // to exist: its descriptor is needed only once it is there, or a deep tree would need many
 	}
+	fs.mu.Unlock()
+
+	if open != nil {
+		fd, e := fs.counted(func() (int, fuse.Errno) { return fs.reopen(open.fd, unix.O_PATH) })
+		fs.mu.Lock()
+		fs.unrefHandle(open)
+		fs.unlock()
+		return fd, e
+	}
+	pinned := 0
 	if parent != nil {
-		parent.pins++
 		defer func() {
 			fs.mu.Lock()
-			parent.pins--
+			parent.kids--
+			parent.pins -= pinned
 			fs.unref(parent)
 			fs.unlock()
 		}()
 	}
-	fs.mu.Unlock()
-
-	if open >= 0 {
-		return fs.reopen(open, unix.O_PATH)
-	}
-	var st unix.Statx_t
-	verified := func(fd int) (int, fuse.Errno) {
-		if e := statx(fd, emptyName, unix.AT_EMPTY_PATH, &st); e != 0 || !n.is(&st) {
-			unix.Close(fd)
-			return -1, unix.ESTALE
-		}
-		return fd, 0
-	}
 	if fh != nil {
-		if fd, e := fs.openHandle(fh); e == 0 {
-			return verified(fd)
+		fd, e := fs.counted(func() (int, fuse.Errno) { return n.verified(fs.openHandle(fh)) })
+		if e == 0 || parent == nil {
+			return fd, e
 		}
 	}
 	if parent == nil {
 		return -1, unix.ESTALE
 	}
-	dir, e := fs.path(parent, depth-1)
+	dir, e := fs.path(parent, depth-1, 1)
 	if e != 0 {
 		return -1, e
 	}
-	var b nameBuf
-	fd, e := openat2(dir, b.set(name), &fs.how)
+	pinned = 1
+	return fs.counted(func() (int, fuse.Errno) {
+		var b nameBuf
+		return n.verified(openat2(dir, b.set(name), &fs.how))
+	})
+}
+
+// verified is fd if it is of n.
+func (n *node) verified(fd int, e fuse.Errno) (int, fuse.Errno) {
 	switch e {
 	case 0:
-		return verified(fd)
+		var st unix.Statx_t
+		if statx(fd, emptyName, unix.AT_EMPTY_PATH, &st) == 0 && n.is(&st) {
+			return fd, 0
+		}
+		unix.Close(fd)
+		return -1, unix.ESTALE
 	case unix.ENOENT, unix.ENOTDIR, unix.EXDEV, unix.ELOOP:
 		// ESTALE makes the guest's kernel look the name up again, and so find what is there now.
 		return -1, unix.ESTALE
 	}
 	return -1, e
+}
+
+// counted opens something that is counted as a descriptor.
+func (fs *FS) counted(open func() (int, fuse.Errno)) (int, fuse.Errno) {
+	if e := fs.takeFD(); e != 0 {
+		return -1, e
+	}
+	fd, e := open()
+	if e != 0 {
+		fs.giveFD()
+	}
+	return fd, e
 }
 
 // stat is statx of n, which the caller has pinned. It does not open n for that.

@@ -22,7 +22,7 @@ type request struct {
 	group    uint32 // the supplementary group to create with, if hasGroup
 	hasGroup bool
 
-	pinned   [4]*node // released with the request
+	pinned   [6]*node // released with the request
 	npinned  int
 	held     [2]*handle
 	nheld    int

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -46,7 +47,7 @@ type stream struct {
 	err   error
 }
 
-// Serve serves the requests of one stream until it ends: nil at its end or after DESTROY, else what is wrong with it. It
+// Serve serves the requests of one stream until it ends: nil at its end, after DESTROY, or when c is closed, else what is wrong with it. It
 // writes each reply with one Write, from several goroutines, and closes c. The streams of one mount may be served at once.
 func (fs *FS) Serve(c io.ReadWriteCloser) error {
 	s := &stream{fs: fs, c: c, turn: make(chan struct{}, 1), wake: make(chan struct{}, 1), done: make(chan struct{}), buf: make([]byte, readAhead)}
@@ -152,7 +153,7 @@ func (s *stream) read(r *request) error {
 			if errors.Is(err, io.EOF) && s.w > 0 {
 				return fmt.Errorf("the stream ended within a request: %w", io.ErrUnexpectedEOF)
 			}
-			if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) {
+			if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, os.ErrClosed) {
 				return io.EOF
 			}
 			return fmt.Errorf("reading a request: %w", err)
