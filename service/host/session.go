@@ -450,15 +450,17 @@ func (ss *session) goodbye() {
 		return // the end of its stream unmounts one of version 1
 	}
 	timeout := time.After(ss.srv.times.goodbye)
+	var answers []chan wire.Message
 	for _, m := range asked {
-		id, _ := ss.expect()
+		id, answer := ss.expect()
+		answers = append(answers, answer)
 		if c.send(&wire.UnmountAsk{ID: id, MountID: m.id, Reason: wire.ReasonShutdown, Text: errShutdown.Error()}) != nil {
 			return
 		}
 	}
-	for _, m := range asked {
+	for _, answer := range answers {
 		select {
-		case <-m.done:
+		case <-answer:
 		case <-timeout:
 			return
 		}
