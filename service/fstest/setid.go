@@ -13,6 +13,7 @@ var setidCases = []testCase{
 	{"setid/chmod", true, setidChmod},
 	{"setid/dropped", true, setidDropped},
 	{"setid/chown", true, setidChown},
+	{"setid/chown-by-root", true, setidChownByRoot},
 	{"setid/foreign-group", true, setidForeignGroup},
 	{"setid/capability", true, setidCapability},
 }
@@ -56,14 +57,20 @@ func setidChown(e *env) {
 	e.ok(unix.Chmod(e.p("f"), 0o6755), "chmod")
 	e.ok(unix.Chown(e.p("f"), 1000, 1000), "chown")
 	e.mode("f", unix.S_IFREG|0o755)
-	// Without the right of the group to run it, the bit is none (mandatory locking once).
-	e.ok(unix.Chmod(e.p("f"), 0o2644), "chmod")
-	e.ok(unix.Chown(e.p("f"), 0, 0), "chown")
-	e.mode("f", unix.S_IFREG|0o2644)
 	e.mkdir("d")
 	e.ok(unix.Chmod(e.p("d"), 0o2755), "chmod")
 	e.ok(unix.Chown(e.p("d"), 1000, 1000), "chown")
 	e.mode("d", unix.S_IFDIR|0o2755)
+}
+
+// setidChownByRoot: without the right of the group to run it, the set-gid bit
+// gives nothing (it was for mandatory locking), and who has CAP_FSETID keeps it.
+func setidChownByRoot(e *env) {
+	e.file("f", "x")
+	e.ok(unix.Chown(e.p("f"), 1000, 1000), "chown")
+	e.ok(unix.Chmod(e.p("f"), 0o2644), "chmod")
+	e.ok(unix.Chown(e.p("f"), 0, 0), "chown")
+	e.mode("f", unix.S_IFREG|0o2644)
 }
 
 func setidForeignGroup(e *env) {
