@@ -168,7 +168,7 @@ func (fs *FS) safeMode(typ, mode uint32) uint32 {
 // createMode is the mode to make a file of type typ with in the directory dirfd.
 func (fs *FS) createMode(dirfd int, typ, mode, umask uint32) uint32 {
 	// Where the guest's kernel knows ACLs it leaves the umask to us, because a default ACL takes its place.
-	if fs.c.ACL && !fs.hasDefaultACL(dirfd) {
+	if fs.c.ACL && !hasDefaultACL(dirfd) {
 		mode &^= umask & 0o777
 	}
 	return fs.safeMode(typ, mode)

@@ -34,7 +34,7 @@ type answer struct {
 	body  []byte
 }
 
-// newGuest exports a new directory and begins a session with it, that ends with the test, with nothing left behind.
+// newGuest exports a new directory and begins a session with it, that ends with the test, with nothing left behind. One for each test: leaks are counted.
 func newGuest(t testing.TB, change func(*Config)) *guest {
 	t.Helper()
 	fstest.Leaks(t)

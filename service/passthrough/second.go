@@ -15,8 +15,6 @@ type second struct {
 	names *xattrNames
 	locks lockTable
 	waits *lockWaits
-
-	procDir string // of xattr.go: what stands before a descriptor's number to be a path of it
 }
 
 func (s *second) init(fs *FS) error {
@@ -30,15 +28,6 @@ func (s *second) init(fs *FS) error {
 	s.names = newXattrNames(fs.c.Xattr, fs.c.XattrMap, fs.c.ACL)
 	s.locks.give = fs.giveFile
 	s.waits = newLockWaits(fs.limits)
-	// The system calls for extended attributes want a path (setxattrat came with Linux 6.13), and a worker has no
-	// /proc: the directory that ProcFD is becomes its working directory, which has no other use.
-	s.procDir = "/proc/self/fd/"
-	if !fs.ownProc {
-		s.procDir = ""
-		if err := fs.c.ProcFD.Chdir(); err != nil {
-			return fmt.Errorf("making /proc/self/fd the working directory: %w", err)
-		}
-	}
 	return nil
 }
 

@@ -5,6 +5,7 @@ package passthrough
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"os"
 	"testing"
 
@@ -82,49 +83,51 @@ func TestIoctl(t *testing.T) {
 	needRoot(t)
 	const noDump = 0x40 // FS_NODUMP_FL, which an owner may set
 	for _, trust := range []bool{false, true} {
-		g := newGuest(t, func(c *Config) {
+		t.Run(fmt.Sprint("trust=", trust), func(t *testing.T) {
+			g := newGuest(t, func(c *Config) {
+				if trust {
+					c.RootAs = RootTrust
+				}
+			})
+			a, fh := g.create(1, "a", 0o644)
+			ioctl := func(cmd uint32, in []byte, out uint32) answer {
+				return g.call(fuse.OpIoctl, a.NodeID, body(fuse.IoctlIn{Fh: fh, Cmd: cmd, InSize: uint32(len(in)), OutSize: out}, in))
+			}
+			r := ioctl(unix.FS_IOC_GETFLAGS, nil, 4)
+			if r.errno == unix.ENOTTY || r.errno == unix.EOPNOTSUPP {
+				t.Log("NOT RUN: the file system of the temporary directory has no flags")
+				return
+			}
+			g.want(0, r)
+			if len(r.body) != 16+4 { // struct fuse_ioctl_out, and exactly what was asked for
+				t.Fatalf("%d bytes", len(r.body))
+			}
+			was := binary.NativeEndian.Uint32(r.body[16:])
+			if long := g.want(0, ioctl(unix.FS_IOC_GETFLAGS, nil, 8)).body; len(long) != 16+8 || binary.NativeEndian.Uint32(long[16:]) != was {
+				t.Errorf("as a long: %x", long)
+			}
+			g.want(0, ioctl(unix.FS_IOC_SETFLAGS, body(was|noDump), 0))
+			if now := g.want(0, ioctl(unix.FS_IOC_GETFLAGS, nil, 4)).body; binary.NativeEndian.Uint32(now[16:]) != was|noDump {
+				t.Errorf("flags %x", now[16:])
+			}
+			want := fuse.Errno(0)
+			if !trust {
+				want = unix.EPERM
+			}
+			g.want(want, ioctl(unix.FS_IOC_SETFLAGS, body(was|fsImmutableFl), 0))
+			g.want(0, ioctl(unix.FS_IOC_SETFLAGS, body(was), 0))
+
+			x := g.want(0, ioctl(fsIocFsgetxattr, nil, 28)).body[16:]
+			g.want(0, ioctl(fsIocFssetxattr, x, 0))
+			binary.NativeEndian.PutUint32(x, binary.NativeEndian.Uint32(x)|fsXflagAppend)
+			g.want(want, ioctl(fsIocFssetxattr, x, 0))
 			if trust {
-				c.RootAs = RootTrust
+				g.want(0, ioctl(unix.FS_IOC_SETFLAGS, body(was), 0))
+			} else {
+				binary.NativeEndian.PutUint32(x, 0)
+				binary.NativeEndian.PutUint32(x[12:], 77) // the project
+				g.want(unix.EPERM, ioctl(fsIocFssetxattr, x, 0))
 			}
 		})
-		a, fh := g.create(1, "a", 0o644)
-		ioctl := func(cmd uint32, in []byte, out uint32) answer {
-			return g.call(fuse.OpIoctl, a.NodeID, body(fuse.IoctlIn{Fh: fh, Cmd: cmd, InSize: uint32(len(in)), OutSize: out}, in))
-		}
-		r := ioctl(unix.FS_IOC_GETFLAGS, nil, 4)
-		if r.errno == unix.ENOTTY || r.errno == unix.EOPNOTSUPP {
-			t.Log("NOT RUN: the file system of the temporary directory has no flags")
-			return
-		}
-		g.want(0, r)
-		if len(r.body) != 16+4 { // struct fuse_ioctl_out, and exactly what was asked for
-			t.Fatalf("%d bytes", len(r.body))
-		}
-		was := binary.NativeEndian.Uint32(r.body[16:])
-		if long := g.want(0, ioctl(unix.FS_IOC_GETFLAGS, nil, 8)).body; len(long) != 16+8 || binary.NativeEndian.Uint32(long[16:]) != was {
-			t.Errorf("as a long: %x", long)
-		}
-		g.want(0, ioctl(unix.FS_IOC_SETFLAGS, body(was|noDump), 0))
-		if now := g.want(0, ioctl(unix.FS_IOC_GETFLAGS, nil, 4)).body; binary.NativeEndian.Uint32(now[16:]) != was|noDump {
-			t.Errorf("flags %x", now[16:])
-		}
-		want := fuse.Errno(0)
-		if !trust {
-			want = unix.EPERM
-		}
-		g.want(want, ioctl(unix.FS_IOC_SETFLAGS, body(was|fsImmutableFl), 0))
-		g.want(0, ioctl(unix.FS_IOC_SETFLAGS, body(was), 0))
-
-		x := g.want(0, ioctl(fsIocFsgetxattr, nil, 28)).body[16:]
-		g.want(0, ioctl(fsIocFssetxattr, x, 0))
-		binary.NativeEndian.PutUint32(x, binary.NativeEndian.Uint32(x)|fsXflagAppend)
-		g.want(want, ioctl(fsIocFssetxattr, x, 0))
-		if trust {
-			g.want(0, ioctl(unix.FS_IOC_SETFLAGS, body(was), 0))
-		} else {
-			binary.NativeEndian.PutUint32(x, 0)
-			binary.NativeEndian.PutUint32(x[12:], 77) // the project
-			g.want(unix.EPERM, ioctl(fsIocFssetxattr, x, 0))
-		}
 	}
 }

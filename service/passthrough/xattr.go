@@ -120,11 +120,11 @@ func opListxattr(r *request) fuse.Errno {
 	// The names here are not those on the host, so even the size wants the whole list.
 	tmp := fs.limits.getBuffer(1<<minBufferBits, true)
 	defer func() { fs.limits.putBuffer(tmp) }()
-	n, e := fs.listxattr(fd, tmp.b)
+	n, e := listxattr(fd, tmp.b)
 	if e == unix.ERANGE {
 		fs.limits.putBuffer(tmp)
 		tmp = fs.limits.getBuffer(xattrSizeMax, true)
-		n, e = fs.listxattr(fd, tmp.b)
+		n, e = listxattr(fd, tmp.b)
 	}
 	if e != 0 {
 		return e
@@ -178,7 +178,6 @@ func opRemovexattr(r *request) fuse.Errno {
 
 // attribute is an extended attribute of the request's node.
 type attribute struct {
-	fs   *FS
 	fd   int // O_PATH
 	name [xattrNameMax + 1]byte
 	n    int // the host's name is name[:n], then a NUL
@@ -191,7 +190,6 @@ func (r *request) attribute() (a attribute, e fuse.Errno) {
 	if e != 0 {
 		return a, e
 	}
-	a.fs = r.fs
 	var buf [2 * xattrNameMax]byte
 	host, e := r.fs.second.names.toHost(buf[:0], guest[:len(guest)-1])
 	if e != 0 {
@@ -209,47 +207,48 @@ func (a *attribute) capability() bool { return a.caps }
 // acl tells whether it is a POSIX ACL, whose value holds owners.
 func (a *attribute) acl() bool { return bytes.HasPrefix(a.name[:a.n], []byte(aclPrefix)) }
 
-// The calls go by a path of the descriptor, since they want one that is not O_PATH, which only some types of files can have:
-// /proc/self/fd/N leads to what the descriptor refers to, and no further, even if that is a symbolic link.
+// The calls go by a path, since they take no O_PATH descriptor, and others only some types of files can have
+// (setxattrat and its like came with Linux 6.13). /proc/self/fd/N leads to what the descriptor refers to, and no further, even if
+// that is a symbolic link. A worker's root holds that directory, for this.
 
 func (a *attribute) set(value []byte, flags uint32) fuse.Errno {
-	p := a.fs.procPath(a.fd)
+	p := procPath(a.fd)
 	_, _, e := unix.Syscall6(unix.SYS_SETXATTR, uintptr(unsafe.Pointer(&p)), uintptr(unsafe.Pointer(&a.name)),
 		uintptr(unsafe.Pointer(unsafe.SliceData(value))), uintptr(len(value)), uintptr(flags), 0)
 	return e
 }
 
 func (a *attribute) get(b []byte) (int, fuse.Errno) {
-	p := a.fs.procPath(a.fd)
+	p := procPath(a.fd)
 	n, _, e := unix.Syscall6(unix.SYS_GETXATTR, uintptr(unsafe.Pointer(&p)), uintptr(unsafe.Pointer(&a.name)),
 		uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), 0, 0)
 	return int(n), e
 }
 
 func (a *attribute) remove() fuse.Errno {
-	p := a.fs.procPath(a.fd)
+	p := procPath(a.fd)
 	_, _, e := unix.Syscall(unix.SYS_REMOVEXATTR, uintptr(unsafe.Pointer(&p)), uintptr(unsafe.Pointer(&a.name)), 0)
 	return e
 }
 
-func (fs *FS) listxattr(fd int, b []byte) (int, fuse.Errno) {
-	p := fs.procPath(fd)
+func listxattr(fd int, b []byte) (int, fuse.Errno) {
+	p := procPath(fd)
 	n, _, e := unix.Syscall(unix.SYS_LISTXATTR, uintptr(unsafe.Pointer(&p)), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
 	return int(n), e
 }
 
 // hasDefaultACL tells whether what is made in the directory fd (O_PATH) gets its mode from the directory's ACL.
-func (fs *FS) hasDefaultACL(fd int) bool {
-	a := attribute{fs: fs, fd: fd}
+func hasDefaultACL(fd int) bool {
+	a := attribute{fd: fd}
 	a.n = copy(a.name[:], "system.posix_acl_default")
 	_, e := a.get(nil)
 	return e == 0
 }
 
-// procPath is a path of a descriptor, with a NUL.
-type procPath [len("/proc/self/fd/") + 11]byte
+const procDir = "/proc/self/fd/"
 
-func (fs *FS) procPath(fd int) (p procPath) {
-	strconv.AppendInt(append(p[:0], fs.second.procDir...), int64(fd), 10)
+// procPath makes a path of a descriptor, with a NUL.
+func procPath(fd int) (p [len(procDir) + 11]byte) {
+	strconv.AppendInt(append(p[:0], procDir...), int64(fd), 10)
 	return p
 }
