@@ -129,8 +129,9 @@ func probed(t *testing.T) (map[string]string, int) {
 		if m == nil {
 			continue
 		}
+		// Quoted by the text handler, and perhaps by quote before it.
 		text := m[1]
-		for strings.Contains(text, `\`) {
+		for strings.Contains(text, `\`) && !json.Valid([]byte(text)) {
 			u, err := strconv.Unquote(`"` + text + `"`)
 			if err != nil {
 				break

@@ -237,7 +237,7 @@ func (ss *session) tryMount(r *wire.MountRequest) (*mount, error) {
 		for _, x := range ss.srv.visible(ss.peer) {
 			tags = append(tags, x.Tag)
 		}
-		return nil, fmt.Errorf("%w: no export %s for this guest: there are %s", unix.ENOENT, quote(r.Tag), strings.Join(tags, ", "))
+		return nil, fmt.Errorf("%w: no export %q for this guest: there are %s", unix.ENOENT, r.Tag, strings.Join(tags, ", "))
 	}
 	for _, o := range r.Options {
 		switch o {
@@ -250,7 +250,7 @@ func (ss *session) tryMount(r *wire.MountRequest) (*mount, error) {
 			ro.ReadOnly = true
 			e = &ro
 		default:
-			return nil, fmt.Errorf("%w: this host knows no mount option %s: leave it out, or upgrade the host", unix.EINVAL, quote(o))
+			return nil, fmt.Errorf("%w: this host knows no mount option %q: leave it out, or upgrade the host", unix.EINVAL, o)
 		}
 	}
 	return ss.addMount(e, r.Dir)

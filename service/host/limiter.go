@@ -4,8 +4,11 @@ package host
 
 import (
 	"strconv"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // limiter bounds how often something that a peer can cause is logged: burst
@@ -45,10 +48,14 @@ func (l *limiter) allow(now time.Time) (ok bool, dropped int) {
 const maxLogged = 1024
 
 // quote makes the text of a peer safe for any log: on one line, without
-// control characters, bounded.
+// control characters, bounded. What is harmless stays as it is.
 func quote(s string) string {
 	if len(s) > maxLogged {
 		s = s[:maxLogged] + "…"
 	}
-	return strconv.Quote(s)
+	if utf8.ValidString(s) && !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return s
+	}
+	q := strconv.Quote(s)
+	return q[1 : len(q)-1]
 }

@@ -355,7 +355,7 @@ func (s *server) openNotifyV1(c *transport.Conn, m *wire.NotifyOpen) error {
 	}
 	s.mu.Unlock()
 	if found == nil {
-		return fmt.Errorf("%w: notify channel for %s, where this host has mounted nothing", unix.ENOENT, quote(m.Dir))
+		return fmt.Errorf("%w: notify channel for %q, where this host has mounted nothing", unix.ENOENT, m.Dir)
 	}
 	owner.keepNotify(c, found)
 	return nil
