@@ -57,7 +57,7 @@ func TestSuite(t *testing.T) {
 			missing["fallocate/zero"] = "the host's file system has none"
 		}
 		mnt := mount(t, dir, Config{RootAs: RootTrust, Suid: true, Dev: true, ACL: true})
-		fstest.All(t, mnt, fstest.Options{Entries: 10_000, Missing: missing})
+		fstest.All(t, mnt, fstest.Options{Entries: 2_000, Ops: 1_000, Missing: missing})
 	})
 }
 

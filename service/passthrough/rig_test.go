@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -87,6 +88,12 @@ const childEnv = "PASSTHROUGH_TEST_MOUNT"
 // mount mounts dir as c says, until the test ends; a process of its own serves it, and relays as the guest's pump does.
 func mount(t testing.TB, dir string, c Config) string {
 	t.Helper()
+	return mountAs(t, dir, c, nil)
+}
+
+// mountAs is mount with the server being another user.
+func mountAs(t testing.TB, dir string, c Config, cred *syscall.Credential) string {
+	t.Helper()
 	mnt := filepath.Join(t.TempDir(), "mnt")
 	if err := os.Mkdir(mnt, 0o755); err != nil {
 		t.Fatal(err)
@@ -125,6 +132,7 @@ func mount(t testing.TB, dir string, c Config) string {
 	cmd.Env = append(os.Environ(), childEnv+"="+string(config))
 	cmd.ExtraFiles = []*os.File{dev, root}
 	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: cred}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

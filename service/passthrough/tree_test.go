@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -225,5 +226,55 @@ func TestOverlay(t *testing.T) {
 	must(t, unix.Lstat(filepath.Join(mnt, "upper/removed"), &st))
 	if st.Mode != unix.S_IFCHR || st.Rdev != 0 {
 		t.Errorf("the whiteout is mode %o, device %d", st.Mode, st.Rdev)
+	}
+}
+
+// A server that is an ordinary user, with few descriptors: no file handles, no owners but himself.
+func TestUnprivileged(t *testing.T) {
+	fstest.Leaks(t)
+	dir := tmpfs(t)
+	must(t, os.Chmod(dir, 0o755))
+	must(t, os.Chown(dir, 65534, 65534))
+	mnt := mountAs(t, dir, Config{Limits: &Limits{Descriptors: 40}}, &syscall.Credential{Uid: 65534, Gid: 65534})
+	want := map[string]string{}
+	p := ""
+	for i := range 60 {
+		p = filepath.Join(p, fmt.Sprint("d", i))
+		must(t, os.Mkdir(filepath.Join(mnt, p), 0o755))
+		must(t, os.WriteFile(filepath.Join(mnt, p, "f"), []byte(p), 0o600))
+		want[p], want[p+"/f"] = "d---------", p
+	}
+	if diff := cmp.Diff(want, list(t, mnt)); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff(want, list(t, dir)); diff != "" {
+		t.Error(diff)
+	}
+	var st unix.Stat_t
+	must(t, unix.Stat(filepath.Join(dir, p, "f"), &st))
+	if st.Uid != 65534 || st.Mode != unix.S_IFREG|0o600 {
+		t.Errorf("a new file has owner %d, mode %o", st.Uid, st.Mode)
+	}
+
+	f, err := os.OpenFile(mnt+"/d0/f", os.O_RDWR, 0)
+	must(t, err)
+	defer f.Close()
+	must(t, os.Rename(mnt+"/d0/d1", mnt+"/moved"))
+	must(t, os.WriteFile(mnt+"/moved/d2/f", []byte("new"), 0))
+	must(t, os.Remove(mnt+"/d0/f"))
+	if _, err := f.WriteString("removed"); err != nil {
+		t.Error(err)
+	}
+	must(t, f.Truncate(3))
+	must(t, f.Chmod(0o640))
+	fi, err := f.Stat()
+	must(t, err)
+	if fi.Size() != 3 || fi.Mode() != 0o640 {
+		t.Errorf("the removed file: %d bytes, mode %v", fi.Size(), fi.Mode())
+	}
+	must(t, os.Link(mnt+"/moved/f", mnt+"/link"))
+	must(t, os.Remove(mnt+"/moved/f"))
+	if b, err := os.ReadFile(mnt + "/link"); string(b) != "d0/d1" {
+		t.Errorf("the link: %q, %v", b, err)
 	}
 }
