@@ -92,6 +92,7 @@ func (fs *FS) move(n, parent *node, name string) {
 	n.parent, n.name = parent, name
 	if parent != nil {
 		parent.kids++
+		n.removed = false
 	}
 	if old != nil {
 		old.kids--

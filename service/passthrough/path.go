@@ -203,15 +203,15 @@ func (fs *FS) evict() {
 
 // reachable tells whether n can be opened again without its descriptor; it takes its file handle for that. It needs FS.mu.
 func (fs *FS) reachable(n *node) bool {
+	if n.parent == nil {
+		return false // without a name it may live by our descriptor alone
+	}
 	if fs.byHandle && n.key.mnt == fs.root.key.mnt {
 		if n.handle == nil {
 			n.handle = handleOf(n.fd)
 		}
-		if n.handle != nil {
-			return true
-		}
 	}
-	return n.parent != nil
+	return true
 }
 
 // probeHandles finds out whether nodes can be opened by file handle: it needs CAP_DAC_READ_SEARCH in the first user
