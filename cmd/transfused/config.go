@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -45,7 +46,10 @@ func (f *flags) readConfig(name string, given func(flag string) bool) ([]guest.M
 		if errors.As(err, &parse) {
 			return nil, fmt.Errorf("config %s: line %d: %s", name, parse.Position.Line, parse.Message)
 		}
-		return nil, fmt.Errorf("config: %w", err)
+		if errors.As(err, new(*fs.PathError)) {
+			return nil, fmt.Errorf("config: %w", err)
+		}
+		return nil, fmt.Errorf("config %s: %s", name, strings.TrimPrefix(err.Error(), "toml: "))
 	}
 	if unknown := meta.Undecoded(); len(unknown) > 0 {
 		key := unknown[0]
