@@ -30,7 +30,7 @@ func (ss *session) watch(ctx context.Context, c *control) {
 		if err := ask(id); err != nil {
 			ss.log.Debug("ping failed", "error", err)
 		}
-		quiet := time.Since(time.Unix(0, ss.seen.Load()))
+		quiet := ss.quiet()
 		switch {
 		case quiet > ss.srv.times.dead:
 			ss.cancel(fmt.Errorf("no sign of life for %v", quiet.Round(time.Second)))

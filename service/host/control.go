@@ -48,7 +48,7 @@ func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 		ss.log.Warn("control channel lost", "error", err)
 	} else if ss.attach(c) {
 		ss.log.Info("guest connected", "version", ss.version, "software", quote(init.Software), "kernel", quote(init.Kernel))
-		ss.seen.Store(time.Now().UnixNano())
+		ss.alive()
 		ss.work.Go(func() { ss.watch(ctx, c) })
 		for _, g := range ss.guests() {
 			for _, m := range g.Mounts {
@@ -137,7 +137,7 @@ func (ss *session) read(c *control) {
 			m, err = wire.ToHost(t, body)
 		}
 		if err == nil {
-			ss.seen.Store(time.Now().UnixNano())
+			ss.alive()
 			err = ss.message(c, m)
 		}
 		switch {
@@ -272,7 +272,7 @@ func (ss *session) listExports(c *control, r *wire.ExportsRequest) error {
 
 // relayLog puts a text of the guest into the host's log.
 func (ss *session) relayLog(text string, isError bool) {
-	ok, dropped := ss.relay.allow(time.Now())
+	ok, dropped := ss.quota.guest.allow(time.Now())
 	if !ok {
 		return
 	}

@@ -3,6 +3,8 @@
 package host
 
 import (
+	"context"
+	"log/slog"
 	"strconv"
 	"strings"
 	"sync"
@@ -42,6 +44,43 @@ func (l *limiter) allow(now time.Time) (ok bool, dropped int) {
 	l.tokens--
 	dropped, l.dropped = l.dropped, 0
 	return true, dropped
+}
+
+// limitedHandler limits what a guest can cause in the log, but for errors,
+// which are the host's own.
+type limitedHandler struct {
+	slog.Handler
+	limit *limiter
+}
+
+// Handle drops r, or says with it how many were dropped before.
+func (h limitedHandler) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level < slog.LevelError {
+		ok, dropped := h.limit.allow(time.Now())
+		if !ok {
+			return nil
+		}
+		r.Add(droppedAttr(dropped)...)
+	}
+	return h.Handler.Handle(ctx, r)
+}
+
+// WithAttrs keeps the limit.
+func (h limitedHandler) WithAttrs(as []slog.Attr) slog.Handler {
+	return limitedHandler{h.Handler.WithAttrs(as), h.limit}
+}
+
+// WithGroup keeps the limit.
+func (h limitedHandler) WithGroup(name string) slog.Handler {
+	return limitedHandler{h.Handler.WithGroup(name), h.limit}
+}
+
+// droppedAttr tells of log lines that were left out.
+func droppedAttr(n int) []any {
+	if n == 0 {
+		return nil
+	}
+	return []any{"left_out_before", n}
 }
 
 // maxLogged bounds one text of a peer in our log, in bytes.

@@ -32,8 +32,23 @@ type server struct {
 
 	wg sync.WaitGroup // all goroutines but the workers' readers, which the sessions wait for
 
-	mu       sync.Mutex // guards sessions; taken before a session's own
+	mu       sync.Mutex // guards the rest; taken before a session's own
 	sessions map[*session]bool
+	quotas   map[identity]quota
+}
+
+// quota bounds the log lines of a peer, over all of its sessions: ours about
+// it, and its own.
+type quota struct{ own, guest *limiter }
+
+// quotaOf returns the quota of a peer. Precondition: s.mu is held.
+func (s *server) quotaOf(id identity) quota {
+	q, ok := s.quotas[id]
+	if !ok {
+		q = quota{own: newLimiter(200, 20), guest: newLimiter(100, 10)}
+		s.quotas[id] = q
+	}
+	return q
 }
 
 // times are the server's patience.
@@ -79,7 +94,7 @@ func newServer(c Config) *server {
 	s := &server{
 		log: log, software: c.Software, times: defaultTimes, refused: newLimiter(20, 1), gate: newGate(maxUnknown, maxUnknownEach),
 		limits:   confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
-		sessions: map[*session]bool{},
+		sessions: map[*session]bool{}, quotas: map[identity]quota{},
 		policy: policy{
 			guests: c.Guests, token: c.Token, allowUnprivileged: c.AllowUnprivileged, uid: uint32(os.Geteuid()),
 		},
@@ -98,6 +113,9 @@ func Run(ctx context.Context, c Config) error {
 		return &ConfigError{err}
 	}
 	s := newServer(c)
+	if err := s.tryWorker(); err != nil {
+		return err
+	}
 	var ls []*transport.Listener
 	for _, a := range c.Listen {
 		l, err := transport.Listen(a)
@@ -110,6 +128,19 @@ func Run(ctx context.Context, c Config) error {
 		ls = append(ls, l)
 	}
 	s.serve(ctx, ls)
+	return nil
+}
+
+// tryWorker finds out at the start, and not at the first mount, whether
+// workers can be confined here.
+func (s *server) tryWorker() error {
+	c := s.limits
+	c.Caps = serverCaps(false, false)
+	w, err := startWorker(c, s.log, func(uint32, string) {}, func(error) {})
+	if err != nil {
+		return fmt.Errorf("workers cannot be started here: %w", err)
+	}
+	w.close()
 	return nil
 }
 

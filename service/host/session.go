@@ -34,10 +34,11 @@ type session struct {
 	socket  string         // version 2: where the guest says that it listens
 	write   uint32         // the most data of a READ or WRITE, in bytes
 	log     *slog.Logger
-	relay   *limiter // of the guest's log texts
+	quota   quota // of its log lines
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
-	seen    atomic.Int64 // when the guest last gave a sign of life, Unix time in ns
+	start   time.Time
+	seen    atomic.Int64 // when the guest last gave a sign of life, in ns after start; a suspended host's clock stands
 	work    sync.WaitGroup
 	busy    chan struct{} // one for each request being worked on
 
@@ -73,14 +74,24 @@ var errGuestGone = errors.New("the guest closed its control channel and has no m
 func newSession(ctx context.Context, s *server, p transport.Peer, m *wire.Init) *session {
 	ss := &session{
 		srv: s, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, socket: m.Socket, write: maxWrite,
-		log: s.log.With("guest", p.String()), relay: newLimiter(100, 10), busy: make(chan struct{}, maxRequests),
+		start: time.Now(), busy: make(chan struct{}, maxRequests),
 		mounts: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
 	}
+	ss.quota = s.quotaOf(ss.who)
+	ss.log = slog.New(limitedHandler{s.log.Handler(), ss.quota.own}).With("guest", p.String())
 	if m.MaxWrite > 0 {
 		ss.write = min(ss.write, m.MaxWrite)
 	}
 	ss.ctx, ss.cancel = context.WithCancelCause(ctx)
 	return ss
+}
+
+// alive notes a sign of life.
+func (ss *session) alive() { ss.seen.Store(int64(time.Since(ss.start))) }
+
+// quiet is how long there was none.
+func (ss *session) quiet() time.Duration {
+	return time.Since(ss.start) - time.Duration(ss.seen.Load())
 }
 
 // resumes says whether an Init is of this session, whose control channel was

@@ -200,11 +200,3 @@ func (w *workerProc) close() {
 	w.proc.Close()
 	<-w.done
 }
-
-// droppedAttr tells of log lines that were left out.
-func droppedAttr(n int) []any {
-	if n == 0 {
-		return nil
-	}
-	return []any{"left_out_before", n}
-}
