@@ -27,12 +27,12 @@ type Config struct {
 	MountRoots []string       // mounts are made only below these; empty: anywhere
 	AllowSuid  bool           // what a host may ask for
 	AllowDev   bool
-	Fusermount string // for an ordinary user; empty: found in the path
-	Pidfile    string // written when the host has answered; empty: none
-	StateDir   string // what is to be remembered until the next boot; empty: StateDir()
-	Token      []byte // that proves this guest over transports that don't
-	Software   string // program and version, for the host's log
-	Log        *slog.Logger
+	Fusermount string       // for an ordinary user; empty: found in the path
+	Pidfile    string       // written when the host has answered; empty: none
+	StateDir   string       // what is to be remembered until the next boot; empty: StateDir()
+	Token      []byte       // that proves this guest over transports that don't
+	Software   string       // program and version, for the host's log
+	Log        *slog.Logger `json:"-"`
 }
 
 // MountSpec is a mount that the guest asks for.

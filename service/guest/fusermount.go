@@ -77,11 +77,15 @@ func MountUser(fusermount, dir string, o MountOptions) (*os.File, error) {
 
 // unmountUser is umount for who may not; lazy detaches a busy one.
 func unmountUser(fusermount, dir string, lazy bool) error {
+	prog, err := findFusermount(fusermount)
+	if err != nil {
+		return err
+	}
 	args := []string{"-u", "-q"}
 	if lazy {
 		args = append(args, "-z")
 	}
-	return runFusermount(exec.Command(fusermount, append(args, "--", dir)...))
+	return runFusermount(exec.Command(prog, append(args, "--", dir)...))
 }
 
 // runFusermount runs it and makes its standard error the error.
@@ -95,6 +99,9 @@ func runFusermount(cmd *exec.Cmd) error {
 	line, _, _ := strings.Cut(strings.TrimSpace(stderr.String()), "\n")
 	if line == "" {
 		return fmt.Errorf("%s: %w", filepath.Base(cmd.Path), err)
+	}
+	if strings.Contains(line, "/dev/fuse") {
+		line += ": give this user access to it (mode 0666 is usual), or run as root"
 	}
 	return errors.New(line)
 }

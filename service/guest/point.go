@@ -183,11 +183,7 @@ func (p *point) detachStale() error {
 		return unix.ENOTCONN
 	}
 	if os.Geteuid() != 0 {
-		prog, err := findFusermount("")
-		if err != nil {
-			return err
-		}
-		return unmountUser(prog, p.dir, true)
+		return unmountUser("", p.dir, true)
 	}
 	return unix.Unmount(p.path(), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 }
