@@ -121,7 +121,7 @@ func opSetattr(r *request) fuse.Errno {
 		if in.Valid&fuse.FATTR_GID != 0 {
 			gid = in.GID
 		}
-		if e := r.fs.chown(fd, uid, gid); e != 0 {
+		if e := r.chown(fd, uid, gid); e != 0 {
 			return e
 		}
 	}

@@ -186,17 +186,22 @@ func (fs *FS) chmod(fd int, typ, mode uint32) fuse.Errno {
 }
 
 // chown gives what fd (O_PATH) is to the guest's uid and gid; noID leaves one as it is. The host's kernel clears
-// set-id bits and capabilities of files with it.
-func (fs *FS) chown(fd int, uid, gid uint32) fuse.Errno {
-	ok := true
+// set-id bits and capabilities of programs with it.
+func (r *request) chown(fd int, uid, gid uint32) fuse.Errno {
+	ids, ok := &r.fs.ids, true
 	if uid != noID {
-		uid, ok = fs.ids.uidIn(uid)
+		uid, ok = ids.uidIn(uid)
 	}
 	if gid != noID && ok {
-		gid, ok = fs.ids.gidIn(gid)
+		gid, ok = ids.gidIn(gid)
 	}
 	if !ok {
 		return unix.EINVAL
 	}
-	return fchownat(fd, emptyName, uid, gid, unix.AT_EMPTY_PATH)
+	chown := func() fuse.Errno { return fchownat(fd, emptyName, uid, gid, unix.AT_EMPTY_PATH) }
+	if r.hdr.UID == 0 {
+		// For root, set-group-id stays where it is no program's: without the group's permission to execute.
+		return r.fs.second.creds.withFsetid(chown)
+	}
+	return chown()
 }
