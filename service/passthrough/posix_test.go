@@ -46,7 +46,7 @@ func TestSuite(t *testing.T) {
 		"xattr/trusted": "the guest's trusted.* are user.* on the host, which symbolic links can't have (overlayfs knows that)",
 	}
 	if !raiseFsetid(t) {
-		for _, c := range []string{"perm/setgid-directory", "setid/chown", "setid/foreign-group"} {
+		for _, c := range []string{"perm/setgid-directory", "setid/chown-by-root", "setid/foreign-group"} {
 			missing[c] = "needs CAP_FSETID, which a program with cgo (-race) cannot take and give back"
 		}
 	}

@@ -102,6 +102,11 @@ func (s *stream) watch() {
 		var last uint64
 		for quiet := 0; quiet < 20; quiet++ {
 			time.Sleep(watchTick)
+			select {
+			case <-s.done:
+				return
+			default:
+			}
 			switch seq := s.seq.Load(); {
 			case seq != last:
 				last, quiet = seq, 0
