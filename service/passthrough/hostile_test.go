@@ -198,7 +198,7 @@ func TestHostileExchange(t *testing.T) {
 				}
 			})
 			read := 0
-			for i := range 3000 {
+			for i := range 1000 {
 				a := g.call(fuse.OpLookup, 1, body("dir"))
 				if a.errno != 0 {
 					if a.errno != unix.ESTALE && a.errno != unix.ENOENT {
