@@ -27,8 +27,9 @@ type confinement struct {
 	SoftMemory, HardMemory int64
 	// Caps are the capabilities that root keeps.
 	Caps []uintptr
-	// ReadOnly and ReadWrite are the directories that an ordinary user's
-	// worker may still reach. Root's reaches what it is given descriptors of.
+	// ReadOnly and ReadWrite are the directories that a worker without
+	// namespaces may still reach. One with them reaches what it is given
+	// descriptors of.
 	ReadOnly, ReadWrite []string
 }
 
@@ -49,9 +50,9 @@ func serverCaps(suid, dev bool) []uintptr {
 	return caps
 }
 
-// workerAttr makes a process in namespaces of its own, which only root may.
+// workerAttr makes a process in namespaces of its own, where that is allowed.
 func workerAttr() *syscall.SysProcAttr {
-	if os.Geteuid() != 0 {
+	if !canNamespace() {
 		return nil
 	}
 	return &syscall.SysProcAttr{
@@ -64,8 +65,8 @@ func workerAttr() *syscall.SysProcAttr {
 // Warnings are what this kernel lacks.
 func confine(c confinement) (procFD *os.File, warnings []string, err error) {
 	unix.Umask(0)
-	root := os.Geteuid() == 0
-	if root {
+	ns := canNamespace()
+	if ns {
 		if err := emptyRoot(); err != nil {
 			return nil, nil, fmt.Errorf("empty root: %w", err)
 		}
@@ -83,14 +84,19 @@ func confine(c confinement) (procFD *os.File, warnings []string, err error) {
 	if err := setLimits(c); err != nil {
 		return nil, nil, err
 	}
-	if root {
+	if !ns {
+		w, err := restrictPaths(c)
+		if err != nil {
+			return nil, nil, err
+		}
+		if w != "" {
+			warnings = append(warnings, w)
+		}
+	}
+	if os.Geteuid() == 0 {
 		if err := dropCapabilities(c.Caps); err != nil {
 			return nil, nil, fmt.Errorf("capabilities: %w", err)
 		}
-	} else if w, err := restrictPaths(c); err != nil {
-		return nil, nil, err
-	} else if w != "" {
-		warnings = append(warnings, w)
 	}
 	if err := allThreads("prctl PR_SET_NO_NEW_PRIVS", unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return nil, nil, err
@@ -197,6 +203,14 @@ func setLimits(c confinement) error {
 // set-id bits off a file that is written to, and who needs it raises it on
 // his own thread.
 func dropCapabilities(keep []uintptr) error {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &data[0]); err != nil {
+		return fmt.Errorf("capget: %w", err)
+	}
+	if data[0].Permitted == 0 && data[1].Permitted == 0 {
+		return nil // root in name only
+	}
 	if err := syscall.Setgroups(nil); err != nil {
 		return fmt.Errorf("setgroups: %w", err)
 	}
@@ -204,6 +218,7 @@ func dropCapabilities(keep []uintptr) error {
 	for _, c := range keep {
 		permitted |= 1 << c
 	}
+	permitted &= uint64(data[0].Permitted) | uint64(data[1].Permitted)<<32 // a container's root may have fewer
 	effective := permitted &^ (1 << unix.CAP_FSETID)
 	for c := uintptr(0); ; c++ {
 		if permitted&(1<<c) != 0 {
@@ -220,8 +235,7 @@ func dropCapabilities(keep []uintptr) error {
 	if err := allThreads("prctl PR_CAP_AMBIENT", unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
 		return err
 	}
-	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	data := [2]unix.CapUserData{
+	data = [2]unix.CapUserData{
 		{Effective: uint32(effective), Permitted: uint32(permitted)},
 		{Effective: uint32(effective >> 32), Permitted: uint32(permitted >> 32)},
 	}
@@ -231,7 +245,7 @@ func dropCapabilities(keep []uintptr) error {
 	return err
 }
 
-// restrictPaths is an ordinary user's wall: Landlock. The warning says where
+// restrictPaths is the wall of who may make no namespaces: Landlock. The warning says where
 // this kernel has none.
 func restrictPaths(c confinement) (warning string, err error) {
 	version, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)

@@ -23,8 +23,8 @@ func TestAdmit(t *testing.T) {
 		return policy{exports: []*Export{{Tag: "x", Guests: rs}}, uid: me}
 	}
 	with := func(p policy, f func(*policy)) policy { f(&p); return p }
-	any := rules(GuestRule{Any: true})
-	anyToken := with(any, func(p *policy) { p.token = token })
+	everyone := rules(GuestRule{Any: true})
+	anyToken := with(everyone, func(p *policy) { p.token = token })
 	open := func(p *policy) { p.allowUnprivileged = true }
 	asks := func(a transport.Addr) policy {
 		p := rules()
@@ -40,13 +40,13 @@ func TestAdmit(t *testing.T) {
 	}{
 		{"named CID", rules(GuestRule{CID: 7}), vsock(7, 1023), "", ""},
 		{"another CID", rules(GuestRule{CID: 7}), vsock(8, 1023), "", "guests=8"},
-		{"any", any, vsock(8, 1), "", ""},
+		{"any", everyone, vsock(8, 1), "", ""},
 		{"no rules", rules(), vsock(8, 1), "", "guests=8"},
-		{"unprivileged port", any, vsock(8, 1024), "", "--allow-unprivileged-guests"},
-		{"unprivileged port allowed", with(any, open), vsock(8, 50000), "", ""},
-		{"CID 0 by any", any, vsock(0, 1), "", "guests=0"},
-		{"CID 1 by any", any, vsock(transport.CIDLocal, 1), "", "guests=1"},
-		{"CID 2 by any", with(any, open), vsock(transport.CIDHost, 1), "", "guests=2"},
+		{"unprivileged port", everyone, vsock(8, 1024), "", "--allow-unprivileged-guests"},
+		{"unprivileged port allowed", with(everyone, open), vsock(8, 50000), "", ""},
+		{"CID 0 by any", everyone, vsock(0, 1), "", "guests=0"},
+		{"CID 1 by any", everyone, vsock(transport.CIDLocal, 1), "", "guests=1"},
+		{"CID 2 by any", with(everyone, open), vsock(transport.CIDHost, 1), "", "guests=2"},
 		{"CID 1 named", rules(GuestRule{CID: 1}), vsock(1, 1), "", ""},
 		{"CID 0 named", rules(GuestRule{CID: 0}), vsock(0, 1), "", ""},
 		{"CID that the host asks", asks(transport.Addr{Family: transport.Vsock, CID: 7, Port: 1525}), vsock(7, 1), "", ""},
@@ -54,14 +54,14 @@ func TestAdmit(t *testing.T) {
 		{"wrong token over vsock", anyToken, vsock(7, 1), "wrong", "wrong token"},
 		{"no token over vsock", anyToken, vsock(7, 1), "", ""},
 
-		{"hybrid, no token anywhere", any, hybrid, "", "--token-file"},
-		{"hybrid, no token, open", with(any, open), hybrid, "", ""},
+		{"hybrid, no token anywhere", everyone, hybrid, "", "--token-file"},
+		{"hybrid, no token, open", with(everyone, open), hybrid, "", ""},
 		{"hybrid, right token", anyToken, hybrid, string(token), ""},
 		{"hybrid, wrong token", anyToken, hybrid, "0123456789abcdeX", "wrong token"},
 		{"hybrid, beginning of the token", anyToken, hybrid, string(token[:15]), "wrong token"},
 		{"hybrid, no token given", anyToken, hybrid, "", "no token"},
 		{"hybrid, wrong token, open", with(anyToken, open), hybrid, "x", "wrong token"},
-		{"hybrid, a token that nobody asked for", any, hybrid, string(token), "--token-file"},
+		{"hybrid, a token that nobody asked for", everyone, hybrid, string(token), "--token-file"},
 		{"hybrid by path", with(rules(GuestRule{Path: "/run/v.sock"}), open), hybrid, "", ""},
 		{"hybrid by another path", with(rules(GuestRule{Path: "/run/w.sock"}), open), hybrid, "", "guests=/run/v.sock"},
 		{"hybrid without rules", with(rules(), open), hybrid, "", "guests=/run/v.sock"},
@@ -73,7 +73,7 @@ func TestAdmit(t *testing.T) {
 		{"another uid, asked by the host", asks(transport.Addr{Family: transport.Unix, Path: "/run/g.sock"}), unixUser(1001), "", "guests=/run/h.sock"},
 		{"another uid by path", rules(GuestRule{Path: "/run/h.sock"}), unixUser(1001), "", ""},
 		{"own uid, but others are named", rules(GuestRule{CID: 7}), unixUser(me), "", "guests=/run/h.sock"},
-		{"nobody", any, transport.Peer{}, "", "unknown peer"},
+		{"nobody", everyone, transport.Peer{}, "", "unknown peer"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			err := c.p.admit(c.peer, []byte(c.token))

@@ -154,7 +154,7 @@ func (e *ConfigError) Unwrap() error { return e.err }
 // everything.
 func (s *server) serve(ctx context.Context, ls []*transport.Listener) {
 	if !canNamespace() {
-		s.log.Info("not root: all files are this user's, and workers are confined by Landlock")
+		s.log.Info("not root, or without CAP_SYS_ADMIN: workers are confined by Landlock", "uid", s.uid)
 	}
 	for _, l := range ls {
 		s.log.Info("listening", "address", l.Addr().String())
