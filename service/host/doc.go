@@ -18,10 +18,13 @@
 //     token. All connections of a session have the same peer. What an export
 //     does not show to a peer does not exist for it.
 //   - A worker is made at a session's first mount and shuts itself in before it
-//     sees a byte of the guest (confine). As root: namespaces of its own, a
-//     root with nothing in it, the exports as detached mounts, the capabilities
-//     of a file server. As another user: Landlock. Always: no_new_privs,
-//     an allow-list of system calls, limits of descriptors and memory.
+//     sees a byte of the guest (confine). Where it may: namespaces of its own, a
+//     root with nothing in it, the exports as detached mounts; otherwise
+//     Landlock. Root keeps the capabilities of a file server. Always:
+//     no_new_privs, an allow-list of system calls, limits of descriptors and
+//     memory. A host on which that fails says so before it listens.
+//   - The walls hold for every thread of the Go runtime, which is only possible
+//     without cgo: a build with it refuses to serve as root.
 //   - What is not walled: a root worker keeps CAP_DAC_READ_SEARCH, with which a
 //     guest that took it over could open any file of the export's own file system by
 //     its handle (open_by_handle_at). Where that matters, export a file system
