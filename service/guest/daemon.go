@@ -175,8 +175,6 @@ func (d *daemon) keepAll(ctx context.Context, cancel context.CancelCauseFunc, wg
 
 // up makes c the control channel, and tells who waits for one.
 func (d *daemon) up(c *control) {
-	d.control.Store(c)
-	d.log.Info(fmt.Sprintf("connected to the host at %s", d.c.Server), "version", c.version)
 	d.ready.Do(func() {
 		if d.c.Pidfile == "" {
 			return
@@ -185,6 +183,8 @@ func (d *daemon) up(c *control) {
 			d.log.Error("pidfile: " + err.Error())
 		}
 	})
+	d.control.Store(c)
+	d.log.Info(fmt.Sprintf("connected to the host at %s", d.c.Server), "version", c.version)
 	d.mu.Lock()
 	close(d.upOrNot)
 	d.upOrNot = make(chan struct{})

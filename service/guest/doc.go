@@ -1,4 +1,63 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package guest is the guest's daemon: it takes mounts, and carries FUSE messages between /dev/fuse and the host.
+//
+// # Two processes
+//
+// The daemon (Run) pumps, keeps the channels and decides. It makes no call that may wait for one of its own mounts: a
+// process that waits so can't be killed, and holds its devices open. Whatever looks at a path is done by the helper
+// (Helper), the same program executed again: mount points, mounting and unmounting, suitability, events,
+// notifications. The daemon passes it descriptors of channels; it passes back the device of each mount. The helper
+// serves each call in a goroutine of its own, so that one dead mount stops no other. If the daemon is killed the helper
+// detaches what is left; if the helper ends, so does the daemon.
+//
+// Not even a test may open a file of such a mount as an *os.File in the process that pumps: the file joins the runtime's
+// poller, whose lock the kernel holds while it sends POLL to that very process.
+//
+// # The pump
+//
+// One goroutine reads the device and one reads the stream. Nothing is allocated, locked or started for a message. The
+// descriptors are in the runtime's poller. A second reader of the device was measured and is not used. Median of five
+// interleaved rounds in one run, host and guest over a Unix socket, tmpfs behind, 2 virtual CPUs, Linux 6.18, Go 1.26:
+//
+//	                       one reader   two readers
+//	getattr, one CPU       25.9 µs      26.5 µs
+//	8 callers, one CPU     20.1 µs      21.2 µs
+//	1 MiB reads, one CPU   0.88 GB/s    0.87 GB/s
+//	getattr, free          78.3 µs      94.8 µs
+//	8 callers, free        21.3 µs      21.6 µs
+//	1 MiB reads, free      0.95 GB/s    1.03 GB/s
+//
+// Two take turns at one descriptor's lock, and each turn wakes the other's thread.
+//
+// The pump learns max_write and max_pages from INIT's reply, and bounds both to MaxData there, whatever the kernel would
+// allow: a buffer that is too small for the kernel gets EINVAL once and is replaced. Features that need the device's
+// owner at the server (PASSTHROUGH, OVER_IO_URING) are hidden from both sides.
+//
+// # Mounts
+//
+// A file system is made apart (fsopen, fsmount) and moved onto a descriptor of the mount point, so that nobody can
+// exchange what was checked. Paths are walked by openat2 without symbolic links; that needs Linux 5.6. No descriptor of a
+// mount is held, or umount would find it busy: it is opened for each event, and recognised by its mount id. A read-only
+// mount is read-only for everybody else; events are acted through a detached clone that is made for that one event
+// (open_tree, mount_setattr: Linux 5.12).
+//
+// An unmounting asked for here or by the host writes back first. What is still in use after that is detached; what takes
+// over five seconds is aborted. A mount whose stream is lost is detached at once, and one that this guest asked for is
+// made again when the host is back. A mount that a killed daemon left behind is recognised (ENOTCONN,
+// type fuse.transfuse) and replaced.
+//
+// A mount of version 1 has exactly the options that the host sent. One of version 2 has default_permissions, and, as
+// root, allow_other. Options suid and dev are the guest administrator's to give, never the host's, unless allowed.
+//
+// # Events
+//
+// The thread whose id the host knows makes the call of each event and nothing else; parents are resolved by
+// other threads, whose LOOKUPs the host answers as anybody's. So the host can tell what it must fake.
+//
+// # Peers
+//
+// Who dials the socket must have the CID of the configured server, and, for CID 1 which all processes of this machine
+// have, a port below 1024; over a Unix socket, be root or the daemon's user. A host answers for itself at the address
+// that is dialled. What a peer sends ends its connection, or its mount, and never the process.
 package guest

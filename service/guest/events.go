@@ -132,6 +132,8 @@ func (h *helperServer) act2(a *actor, e *wire.Event) error {
 
 // act makes the call of one event, below the root of m and nowhere else.
 func (m *helperMount) act(a *actor, action wire.Action, rel, newRel string, mode uint32) error {
+	m.point.mu.RLock()
+	defer m.point.mu.RUnlock()
 	root, err := m.actingRoot()
 	if err != nil {
 		return err

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -18,10 +19,12 @@ import (
 // point is a mount point, held by its parent: nobody can exchange a directory above it, and nothing on the
 // mount is held that would make its unmounting fail. The helper owns it.
 type point struct {
-	dir    string // absolute and clean
+	dir  string // absolute and clean
+	name string
+	id   mountID // of what we mounted there
+
+	mu     sync.RWMutex // held for reading while parent is used, so that close waits
 	parent *os.File
-	name   string
-	id     mountID // of what we mounted there
 }
 
 // mountID tells one mount from another. Before Linux 5.8 mnt is 0 and the device alone decides.
@@ -192,7 +195,7 @@ func (p *point) detachStale() error {
 func (p *point) path() string { return fmt.Sprintf("/proc/self/fd/%d/%s", p.parent.Fd(), p.name) }
 
 // root opens the root of our mount, O_PATH, and refuses what else may be there by now. It is held no longer than it is
-// used, or umount would find the mount busy.
+// used, or umount would find the mount busy. Precondition: mu is held for reading.
 func (p *point) root() (int, error) {
 	fd, err := openat2(int(p.parent.Fd()), p.name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|noLinks)
 	if err != nil {
@@ -208,6 +211,8 @@ func (p *point) root() (int, error) {
 // unmount unmounts what we mounted. Not forced it writes back, may wait for the host, and detaches a mount that is
 // busy; forced it fails all requests first.
 func (p *point) unmount(fusermount string, force bool) error {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
 	fd, err := p.root()
 	if err != nil {
 		return nil // it is gone already
@@ -235,7 +240,11 @@ func (p *point) unmount(fusermount string, force bool) error {
 	return nil
 }
 
-func (p *point) close() { p.parent.Close() }
+func (p *point) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.parent.Close()
+}
 
 // suits answers a suitability request of version 1: a path suits a mount when it is missing, an export also when it
 // is an empty directory.

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"transfused.org/transfused/service/fuse"
 )
 
@@ -28,8 +30,6 @@ const (
 	minReply = 128<<10 + 4096
 	// headRoom is what stands before the data of a WRITE: fuse_in_header and fuse_write_in.
 	headRoom = 4096
-	// deviceReaders is how many goroutines read requests; doc.go has the figures.
-	deviceReaders = 2
 )
 
 // Stream is what a Pump speaks to the host over, such as *transport.Conn. A Write is whole even beside another, and
@@ -92,9 +92,7 @@ func NewPump(dev *os.File, conn Stream, log *slog.Logger) *Pump {
 // both descriptors are closed. It is called once.
 func (p *Pump) Run() error {
 	var wg sync.WaitGroup
-	for range deviceReaders {
-		wg.Go(func() { p.end(p.readRequests()) })
-	}
+	wg.Go(func() { p.end(p.readRequests()) })
 	wg.Go(func() { p.end(p.readReplies()) })
 	wg.Wait()
 	return p.cause
@@ -136,7 +134,7 @@ func prefaulted(size int) []byte {
 	return b
 }
 
-// readRequests is one reader of the device.
+// readRequests reads the device and writes each request to the stream.
 func (p *Pump) readRequests() error {
 	buf := prefaulted(int(p.requestSize.Load()))
 	for {
@@ -159,6 +157,9 @@ func (p *Pump) readRequests() error {
 				// The connection was aborted: umount -f, or the control file system.
 				return nil
 			default:
+				if p.gone() {
+					return nil
+				}
 				return fmt.Errorf("read /dev/fuse: %w", err)
 			}
 		}
@@ -177,6 +178,23 @@ func (p *Pump) readRequests() error {
 			return fmt.Errorf("%w: %w", ErrStream, err)
 		}
 	}
+}
+
+// gone says whether the connection has ended. Where the runtime's poller saw the device's POLLERR before the read began,
+// the read gets no errno, but "not pollable".
+func (p *Pump) gone() bool {
+	raw, err := p.dev.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var fds [1]unix.PollFd
+	if raw.Control(func(fd uintptr) {
+		fds[0].Fd = int32(fd)
+		_, err = unix.Poll(fds[:], 0)
+	}) != nil || err != nil {
+		return false
+	}
+	return fds[0].Revents&unix.POLLERR != 0
 }
 
 // readReplies reads the stream and writes each message to the device.
