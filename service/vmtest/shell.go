@@ -26,8 +26,13 @@ func (vm *VM) Dial(ctx context.Context, port uint32) (*transport.Conn, error) {
 // running in the background is killed when it ends; use systemd-run for daemons.
 func (vm *VM) Run(ctx context.Context, script string) (string, error) {
 	// The script goes in as one word, so that its commands cannot read the rest of it as their input.
-	line := fmt.Sprintf(`(set -euo pipefail; eval "$(base64 -d <<<%s)") </dev/null; printf '\0%%d' $?; exit`+"\n",
-		base64.StdEncoding.EncodeToString([]byte(script)))
+	// It ends in the guest too when ctx does: a closed connection would not end it.
+	limit := ""
+	if d, ok := ctx.Deadline(); ok {
+		limit = fmt.Sprintf("timeout -s KILL %.1f", max(0.1, time.Until(d).Seconds()))
+	}
+	line := fmt.Sprintf(`%s bash -euo pipefail -c "$(base64 -d <<<%s)" </dev/null; printf '\0%%d' $?; exit`+"\n",
+		limit, base64.StdEncoding.EncodeToString([]byte(script)))
 	return vm.shell(ctx, strings.NewReader(line))
 }
 
