@@ -50,6 +50,7 @@ func Run(ctx context.Context, c Config) error {
 	if err := c.Check(); err != nil {
 		return err
 	}
+	transport.PrepareBlocking()
 	roots, err := cleanRoots(c.MountRoots)
 	if err != nil {
 		return err

@@ -73,17 +73,21 @@ func FuzzReplies(f *testing.F) {
 	f.Add(message(2, 0, fuse.Append(nil, &fuse.InitOut{Major: 7, Minor: 45, MaxWrite: 1 << 31, MaxPages: 65535, Flags: uint32(fuse.MAX_PAGES)})))
 	f.Add(message(0, 0, nil))
 	f.Add([]byte("\xff\xff\xff\xff garbage garbage"))
-	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
-	if err != nil {
-		f.Fatal(err)
-	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		p := NewPump(null, duplex{bytes.NewReader(b), io.Discard}, nil)
+		null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := NewPump(null, duplex{bytes.NewReader(b), io.Discard}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.dev.close()
 		p.initUnique.Store(2)
 		if p.readReplies() == nil {
 			t.Error("no error at the end")
 		}
-		if p.maxReply > MaxData+2*headRoom || p.requestSize.Load() > MaxData+headRoom {
+		if p.maxReply > MaxData+2*headRoom || p.requestSize.Load() > MaxData+headRoom+maxForgets {
 			t.Errorf("buffers of %d and %d bytes", p.maxReply, p.requestSize.Load())
 		}
 	})

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -196,6 +197,7 @@ func (h *helperServer) mount(q call) (*os.File, error) {
 	}
 	root, err := openat2(int(point.parent.Fd()), point.name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|noLinks)
 	if err == nil {
+		raiseReadAhead(root)
 		point.id, err = mountIDOf(root)
 		unix.Close(root)
 	}
@@ -208,6 +210,19 @@ func (h *helperServer) mount(q call) (*os.File, error) {
 	h.mounts[q.Key] = &helperMount{point: point, wireID: q.WireID, readOnly: q.Options.ReadOnly}
 	h.mu.Unlock()
 	return dev, nil
+}
+
+// readAheadKiB is how far the kernel reads ahead in a file that is read in order: two READs of the largest size, so that
+// one is under way while the other is copied. INIT can't ask for more than the default of 128 KiB.
+const readAheadKiB = 2 * MaxData >> 10
+
+// raiseReadAhead sets the read-ahead of the mount at root, which only root can. Without it the mount is slower.
+func raiseReadAhead(root int) {
+	var st unix.Statx_t
+	if unix.Statx(root, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st) != nil {
+		return
+	}
+	_ = os.WriteFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", st.Dev_major, st.Dev_minor), []byte(strconv.Itoa(readAheadKiB)), 0)
 }
 
 // take returns a mount, and removes it if asked.

@@ -55,7 +55,7 @@ func (p *Pump) initReply(msg []byte) error {
 	}
 	p.minor.Store(binary.LittleEndian.Uint32(body[4:]))
 	p.maxReply = max(minReply, int(pages)*pageSize+fuse.OutHeaderSize+headRoom)
-	p.requestSize.Store(int64(max(minRequest, write) + headRoom))
+	p.requestSize.Store(int64(max(minRequest, write) + headRoom + maxForgets))
 	p.maxWrite.Store(write) // last: from here on a reply is not looked at again
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -19,14 +20,13 @@ import (
 // unmountTime is how long a mount may take to write back before its requests are failed.
 const unmountTime = 5 * time.Second
 
-// mount is one that stands. Its pump owns the device; dev is for passing it on, and only until the pump is done.
+// mount is one that stands. Its pump owns the device.
 type mount struct {
 	key     uint64
 	dir     string
 	tag     string // of version 2
 	wireID  uint32
 	version uint16
-	dev     *os.File
 	pump    *Pump
 	why     wire.Reason   // guarded by daemon.mu: why it was unmounted, if we did it
 	ended   chan struct{} // closed when nothing is left of it
@@ -66,9 +66,12 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 		d.wg.Done()
 		return nil, err
 	}
-	m.dev = a.file
 	log := d.log.With("dir", m.dir)
-	m.pump = NewPump(a.file, q.conn, log)
+	if m.pump, err = startPump(a.file, q.conn, log); err != nil {
+		d.detach(m)
+		d.wg.Done()
+		return nil, err
+	}
 	d.mu.Lock()
 	d.mounts[m.key] = m
 	ending = d.ending
@@ -85,6 +88,27 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 	return m, nil
 }
 
+// startPump makes a pump that waits in system calls.
+func startPump(dev *os.File, conn *transport.Conn, log *slog.Logger) (*Pump, error) {
+	if err := conn.Block(); err != nil {
+		dev.Close()
+		conn.Close()
+		return nil, err
+	}
+	return NewPump(dev, conn, log)
+}
+
+// detach takes away a mount that has no pump, so that nobody meets ENOTCONN or waits in it.
+func (d *daemon) detach(m *mount) {
+	ctx, cancel := context.WithTimeout(context.Background(), unmountTime)
+	defer cancel()
+	if _, err := d.helper.call(ctx, call{Op: opUnmount, Key: m.key, Force: true}); err != nil {
+		d.log.Error("detach", "dir", m.dir, "error", err)
+	}
+	// Forgetting can't fail but with the helper.
+	_, _ = d.helper.call(ctx, call{Op: opForget, Key: m.key})
+}
+
 var errEnding = errors.New("the daemon is ending")
 
 // run pumps until the mount ends, and cleans up after it.
@@ -93,14 +117,7 @@ func (d *daemon) run(m *mount) {
 	if errors.Is(err, os.ErrClosed) {
 		err = nil // by unmount, below
 	}
-	// The mount may still be there, without a server: detach it, so that nobody meets ENOTCONN or waits in it.
-	ctx, cancel := context.WithTimeout(context.Background(), unmountTime)
-	defer cancel()
-	if _, uerr := d.helper.call(ctx, call{Op: opUnmount, Key: m.key, Force: true}); uerr != nil {
-		d.log.Error("detach", "dir", m.dir, "error", uerr)
-	}
-	// Forgetting can't fail but with the helper.
-	_, _ = d.helper.call(ctx, call{Op: opForget, Key: m.key})
+	d.detach(m)
 	d.mu.Lock()
 	delete(d.mounts, m.key)
 	reason := m.why
@@ -200,7 +217,7 @@ func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o Mou
 	d.wg.Go(func() {
 		conn, err := d.open(d.ctx, &wire.NotifyOpen2{SessionID: d.session, Token: d.c.Token, MountID: m.wireID})
 		if err == nil {
-			err = d.pass(d.ctx, call{Op: opNotify, Dir: m.dir}, conn, m.dev)
+			err = d.pass(d.ctx, call{Op: opNotify, Dir: m.dir}, conn, m.pump.Device())
 		}
 		if err != nil && d.ctx.Err() == nil && !errors.Is(err, os.ErrClosed) {
 			d.log.Debug("notify channel", "dir", m.dir, "error", err)

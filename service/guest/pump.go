@@ -30,6 +30,10 @@ const (
 	minReply = 128<<10 + 4096
 	// headRoom is what stands before the data of a WRITE: fuse_in_header and fuse_write_in.
 	headRoom = 4096
+	// maxForgets is how many bytes of FORGETs are held back for the next request to take along, and forgetDelay for
+	// how many milliseconds at most. Nobody waits for them, and each by itself would wake the server.
+	maxForgets  = 4 << 10
+	forgetDelay = 10
 )
 
 // Stream is what a Pump speaks to the host over, such as *transport.Conn. A Write is whole even beside another, and
@@ -47,7 +51,7 @@ type Stats struct {
 // Pump carries FUSE messages between one mount's device and one stream. It reads the headers and INIT and
 // nothing else: meaning is the server's business.
 type Pump struct {
-	dev  *os.File
+	dev  *device
 	conn Stream
 	log  *slog.Logger
 
@@ -76,15 +80,20 @@ var (
 	ErrStream = errors.New("the stream to the host ended")
 )
 
-// NewPump makes a Pump of a mounted /dev/fuse that is non-blocking and in the runtime's poller (Mount returns such
-// a one) and of a stream on which the next bytes are FUSE messages. It owns both from then on; Run closes them.
-func NewPump(dev *os.File, conn Stream, log *slog.Logger) *Pump {
+// NewPump makes a Pump of a mounted /dev/fuse that is non-blocking (Mount returns such a one) and of a stream on
+// which the next bytes are FUSE messages. It owns both from then on, also when it fails; Run closes them.
+func NewPump(dev *os.File, conn Stream, log *slog.Logger) (*Pump, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	p := &Pump{dev: dev, conn: conn, log: log, maxReply: minReply, done: make(chan struct{})}
-	p.requestSize.Store(minRequest + headRoom)
-	return p
+	d, err := newDevice(dev)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	p := &Pump{dev: d, conn: conn, log: log, maxReply: minReply, done: make(chan struct{})}
+	p.requestSize.Store(minRequest + headRoom + maxForgets)
+	return p, nil
 }
 
 // Run pumps until the file system is unmounted (nil), the stream ends (ErrStream), the host sends what is no FUSE
@@ -95,12 +104,16 @@ func (p *Pump) Run() error {
 	wg.Go(func() { p.end(p.readRequests()) })
 	wg.Go(func() { p.end(p.readReplies()) })
 	wg.Wait()
+	p.dev.close()
 	return p.cause
 }
 
 // Close ends Run with os.ErrClosed, unless it has ended already. Requests that wait for an answer fail
 // with ECONNABORTED once no other process holds the device.
 func (p *Pump) Close() { p.end(os.ErrClosed) }
+
+// Device is the mount's device, for passing it on; it is closed when Run returns.
+func (p *Pump) Device() *os.File { return p.dev.f }
 
 // Done is closed when the pump begins to end.
 func (p *Pump) Done() <-chan struct{} { return p.done }
@@ -119,9 +132,9 @@ func (p *Pump) end(cause error) {
 	p.once.Do(func() {
 		p.cause = cause
 		close(p.done)
-		// A failed close tells nothing here: both are gone afterwards.
+		// A failed close tells nothing here: it is gone afterwards.
 		p.conn.Close()
-		p.dev.Close()
+		p.dev.end()
 	})
 }
 
@@ -134,67 +147,69 @@ func prefaulted(size int) []byte {
 	return b
 }
 
-// readRequests reads the device and writes each request to the stream.
+// readRequests reads requests from the device and writes them to the stream.
 func (p *Pump) readRequests() error {
 	buf := prefaulted(int(p.requestSize.Load()))
+	held := 0 // bytes of FORGETs that wait at the beginning of buf
 	for {
-		n, err := p.dev.Read(buf)
-		if err != nil {
-			switch errno := errnoOf(err); errno {
-			case syscall.EINTR, syscall.EAGAIN, syscall.ENOENT:
-				// ENOENT: the request was interrupted while the kernel handed it over.
-				continue
-			case syscall.ENODEV:
-				return nil
-			case syscall.EINVAL:
-				// INIT's reply allows longer requests than this buffer was made for.
-				if need := int(p.requestSize.Load()); need > len(buf) {
-					buf = prefaulted(need)
-					continue
-				}
-				return fmt.Errorf("read /dev/fuse: %w", errno)
-			case syscall.ECONNABORTED:
-				// The connection was aborted: umount -f, or the control file system.
-				return nil
-			default:
-				if p.gone() {
-					return nil
-				}
-				return fmt.Errorf("read /dev/fuse: %w", err)
-			}
+		timeout := -1
+		if held > 0 {
+			timeout = forgetDelay
 		}
-		if n < fuse.InHeaderSize || int(binary.LittleEndian.Uint32(buf)) != n {
-			return fmt.Errorf("read /dev/fuse: a request of %d bytes whose header says %d", n, binary.LittleEndian.Uint32(buf))
+		switch ready, err := p.dev.wait(timeout); {
+		case err == os.ErrClosed:
+			return err
+		case err != nil:
+			return fmt.Errorf("poll /dev/fuse: %w", err)
+		case !ready:
+			if _, err := p.conn.Write(buf[:held]); err != nil {
+				return fmt.Errorf("%w: %w", ErrStream, err)
+			}
+			held = 0
+			continue
+		}
+		n, err := unix.Read(p.dev.fd, buf[held:])
+		switch err {
+		case nil:
+		case unix.EINTR, unix.EAGAIN, unix.ENOENT:
+			// ENOENT: the request was interrupted while the kernel handed it over.
+			continue
+		case unix.ENODEV, unix.ECONNABORTED:
+			// Unmounted, or aborted: umount -f, or the control file system.
+			return nil
+		case unix.EINVAL:
+			// INIT's reply allows longer requests than this buffer was made for.
+			if need := int(p.requestSize.Load()); need > len(buf) {
+				buf = append(prefaulted(need)[:0], buf[:held]...)[:need]
+				continue
+			}
+			return fmt.Errorf("read /dev/fuse: %w", err)
+		default:
+			return fmt.Errorf("read /dev/fuse: %w", err)
+		}
+		msg := buf[held : held+n]
+		if n < fuse.InHeaderSize || int(binary.LittleEndian.Uint32(msg)) != n {
+			return fmt.Errorf("read /dev/fuse: a request of %d bytes whose header says %d", n, binary.LittleEndian.Uint32(msg))
 		}
 		p.requests.Add(1)
 		p.requestBytes.Add(uint64(n))
 		if rec := p.perf.Load(); rec != nil {
-			rec.start(binary.LittleEndian.Uint64(buf[8:]))
+			rec.start(binary.LittleEndian.Uint64(msg[8:]))
 		}
-		if fuse.Opcode(binary.LittleEndian.Uint32(buf[4:])) == fuse.OpInit {
-			p.initRequest(buf[:n])
+		switch op := fuse.Opcode(binary.LittleEndian.Uint32(msg[4:])); op {
+		case fuse.OpInit:
+			p.initRequest(msg)
+		case fuse.OpForget, fuse.OpBatchForget:
+			if held+n <= maxForgets {
+				held += n
+				continue
+			}
 		}
-		if _, err := p.conn.Write(buf[:n]); err != nil {
+		if _, err := p.conn.Write(buf[:held+n]); err != nil {
 			return fmt.Errorf("%w: %w", ErrStream, err)
 		}
+		held = 0
 	}
-}
-
-// gone says whether the connection has ended. Where the runtime's poller saw the device's POLLERR before the read began,
-// the read gets no errno, but "not pollable".
-func (p *Pump) gone() bool {
-	raw, err := p.dev.SyscallConn()
-	if err != nil {
-		return false
-	}
-	var fds [1]unix.PollFd
-	if raw.Control(func(fd uintptr) {
-		fds[0].Fd = int32(fd)
-		_, err = unix.Poll(fds[:], 0)
-	}) != nil || err != nil {
-		return false
-	}
-	return fds[0].Revents&unix.POLLERR != 0
 }
 
 // readReplies reads the stream and writes each message to the device.
@@ -258,7 +273,7 @@ func (p *Pump) reply(msg []byte) error {
 		rec.stop(unique)
 	}
 	for {
-		_, err := p.dev.Write(msg)
+		_, err := unix.Write(p.dev.fd, msg)
 		if err == nil {
 			return nil
 		}

@@ -170,7 +170,9 @@ func pumpTo(t testing.TB, s *tinyFS) (dir string, p *Pump, stop func() error) {
 		t.Fatal(err)
 	}
 	a, b := streamPair(t)
-	p = NewPump(dev, a, nil)
+	if p, err = NewPump(dev, a, nil); err != nil {
+		t.Fatal(err)
+	}
 	served, ran := make(chan struct{}), make(chan error, 1)
 	go func() { defer close(served); s.serve(b); b.Close() }()
 	go func() { ran <- p.Run() }()

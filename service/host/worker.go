@@ -89,6 +89,7 @@ type workerMount struct {
 // Worker is the main of a worker process, with the connection to its parent.
 // It returns when the parent is gone, which is also how it is told to end.
 func Worker(c *ipc.Conn) error {
+	transport.PrepareBlocking()
 	return newWorker(c).run()
 }
 
@@ -198,6 +199,10 @@ func (w *worker) stream(o *streamOrder, f *os.File) error {
 		return fmt.Errorf("mount %d: %w", o.MountID, unix.ENOENT)
 	}
 	c := transport.NewConn(f, o.Peer)
+	if err := c.Block(); err != nil {
+		c.Close()
+		return err
+	}
 	m.conns[c] = true
 	w.streams.Go(func() {
 		err := w.serve(m.fs, c)

@@ -14,8 +14,8 @@ import (
 )
 
 // Conn is a connected stream. It owns its descriptor, which is in the
-// runtime's poller: Read and Write allocate nothing, deadlines and Close wake
-// them, and concurrent Writes are each whole.
+// runtime's poller (until Block): Read and Write allocate nothing, deadlines
+// and Close wake them, and concurrent Writes are each whole.
 //
 // Errors are *os.PathError with the peer as path; errors.Is knows io.EOF,
 // os.ErrClosed, os.ErrDeadlineExceeded and the errnos.
@@ -23,6 +23,8 @@ type Conn struct {
 	f    *os.File
 	raw  syscall.RawConn // of f, made once: safe beside Close, as f.Fd is not
 	peer Peer
+
+	blocking bool // set before the Conn is shared
 }
 
 var _ io.ReadWriteCloser = (*Conn)(nil)
@@ -59,8 +61,13 @@ func (c *Conn) Read(b []byte) (int, error) {
 // mix. After an error the stream may end in the middle of a message.
 func (c *Conn) Write(b []byte) (int, error) { return c.f.Write(b) }
 
-// Close closes the descriptor and wakes Read and Write with os.ErrClosed.
-func (c *Conn) Close() error { return c.f.Close() }
+// Close closes the descriptor and wakes Read and Write, with os.ErrClosed or, of a blocking Conn, io.EOF.
+func (c *Conn) Close() error {
+	if c.blocking {
+		_ = c.Shutdown() // what waits in a system call is not woken by close(2)
+	}
+	return c.f.Close()
+}
 
 // SetDeadline sets the time after which Read and Write fail with
 // os.ErrDeadlineExceeded; the zero time means never.
