@@ -32,10 +32,14 @@ func (s *script) Read(b []byte) (int, error) { return s.r.Read(b[:min(len(b), s.
 func (s *script) Write(b []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var h fuse.OutHeader
-	_, ok := fuse.Decode(&h, b)
-	if !ok || int(h.Len) != len(b) || h.Len > maxRequest || h.Error > 0 || h.Error < -fuse.MaxErrno || h.Error != 0 && len(b) != fuse.OutHeaderSize {
-		s.t.Errorf("a reply that the kernel would refuse: %d bytes, %+v", len(b), h)
+	for rest := b; len(rest) > 0; {
+		var h fuse.OutHeader
+		_, ok := fuse.Decode(&h, rest)
+		if !ok || int(h.Len) > len(rest) || h.Len < uint32(fuse.OutHeaderSize) || h.Len > maxRequest || h.Error > 0 || h.Error < -fuse.MaxErrno || h.Error != 0 && h.Len != uint32(fuse.OutHeaderSize) {
+			s.t.Errorf("a reply that the kernel would refuse: %d bytes, %+v", len(rest), h)
+			break
+		}
+		rest = rest[h.Len:]
 	}
 	return len(b), nil
 }

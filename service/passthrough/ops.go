@@ -10,6 +10,7 @@ type op struct {
 	serve  func(*request) fuse.Errno
 	writes bool // changes something: EROFS on a read-only export
 	slow   bool // may take long: another goroutine goes on reading meanwhile
+	moves  bool // data, perhaps much: the same, if there is something to read already
 }
 
 // later is returned by an operation that has taken request.replier and answers after it has returned.
@@ -40,8 +41,8 @@ var ops = [fuse.OpMax]op{
 	fuse.OpRename2: {serve: opRename2, writes: true},
 
 	fuse.OpOpen:    {serve: opOpen},
-	fuse.OpRead:    {serve: opRead},
-	fuse.OpWrite:   {serve: opWrite, writes: true},
+	fuse.OpRead:    {serve: opRead, moves: true},
+	fuse.OpWrite:   {serve: opWrite, writes: true, moves: true},
 	fuse.OpFlush:   {serve: opFlush},
 	fuse.OpRelease: {serve: opRelease},
 	fuse.OpFsync:   {serve: opFsync, slow: true},

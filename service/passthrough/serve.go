@@ -3,6 +3,7 @@
 package passthrough
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -20,13 +21,15 @@ const (
 	maxTransfer = 1 << 20            // of a READ or WRITE, in bytes: max_write
 	maxRequest  = maxTransfer + 4096 // of a whole request
 	readAhead   = 32 << 10           // of small requests, read together
+	keepReplies = 4 << 10            // of small replies, written together
 	maxIdle     = 4                  // goroutines that wait for the turn to read; more end
 	watchTick   = time.Millisecond
 )
 
 // stream is one connection. Its goroutines take turns in reading: who has the turn reads a request and serves it. If that
 // is quick he reads the next one himself, which costs no switch of goroutines; else another takes the turn meanwhile:
-// before he begins, if more requests are there already or the operation is known to be slow; by the watch, if it turns out to be.
+// before he begins, if the operation is known to be slow, or moves data and more requests are there already; by the watch,
+// if it turns out to be. Waking another for small requests costs more than it wins, even with a CPU to spare.
 type stream struct {
 	fs *FS
 	c  io.ReadWriteCloser
@@ -40,6 +43,9 @@ type stream struct {
 	wake     chan struct{} // begins the watch
 	done     chan struct{} // closed when ended
 
+	outMu sync.Mutex // serializes writing; it is held for the Write
+	out   []byte     // small replies that go with the next one
+
 	// For who has the turn.
 	buf   []byte // bytes r to w were read and not used
 	r, w  int
@@ -48,9 +54,9 @@ type stream struct {
 }
 
 // Serve serves the requests of one stream until it ends: nil at its end, after DESTROY, or when c is closed, else what is wrong with it. It
-// writes each reply with one Write, from several goroutines, and closes c. The streams of one mount may be served at once.
+// writes replies whole, several in one Write where they are ready together, from several goroutines, and closes c. The streams of one mount may be served at once.
 func (fs *FS) Serve(c io.ReadWriteCloser) error {
-	s := &stream{fs: fs, c: c, turn: make(chan struct{}, 1), wake: make(chan struct{}, 1), done: make(chan struct{}), buf: make([]byte, readAhead)}
+	s := &stream{fs: fs, c: c, turn: make(chan struct{}, 1), wake: make(chan struct{}, 1), done: make(chan struct{}), buf: make([]byte, readAhead), out: make([]byte, 0, keepReplies)}
 	s.wg.Go(s.watch)
 	s.pass()
 	s.wg.Wait()
@@ -111,6 +117,7 @@ func (s *stream) watch() {
 			case seq != last:
 				last, quiet = seq, 0
 			case seq%2 == 1 && s.seq.CompareAndSwap(seq, seq+1):
+				s.flush()
 				s.pass()
 			}
 		}
@@ -194,53 +201,93 @@ func (s *stream) serve(r *request) (mine bool) {
 		op = &ops[r.hdr.Opcode]
 	}
 	if r.hdr.Opcode == fuse.OpDestroy {
-		s.answer(r, op)
+		s.answer(r, op, false)
 		s.ended = true
 		close(s.done)
 		return true
 	}
-	more := s.w-s.r >= fuse.InHeaderSize && !r.hdr.Opcode.NoReply()
-	if more || op != nil && op.slow {
+	more := s.more()
+	if op != nil && (op.slow || more && op.moves) {
+		s.flush()
 		s.pass()
-		s.answer(r, op)
+		s.answer(r, op, false)
 		return false
 	}
 	seq := s.seq.Add(1)
 	s.beWatched()
-	s.answer(r, op)
-	return s.seq.CompareAndSwap(seq, seq+1)
+	s.answer(r, op, more)
+	if s.seq.CompareAndSwap(seq, seq+1) {
+		return true
+	}
+	s.flush() // what answer may have kept, when the turn was no longer ours
+	return false
 }
 
-// answer serves the request and replies.
-func (s *stream) answer(r *request, op *op) {
+// more tells whether a whole request is there already. The caller has the turn.
+func (s *stream) more() bool {
+	there := s.buf[s.r:s.w]
+	return len(there) >= fuse.InHeaderSize && uint64(binary.LittleEndian.Uint32(there)) <= uint64(len(there))
+}
+
+// answer serves the request and replies. With keep a small reply may wait for the next one.
+func (s *stream) answer(r *request, op *op, keep bool) {
 	r.out = r.outSmall[:fuse.OutHeaderSize]
 	e := s.run(r, op)
 	s.fs.requests.Add(1)
 	if e == later || r.hdr.Opcode.NoReply() {
 		r.release()
+		if !keep {
+			s.flush()
+		}
 		return
 	}
 	if e != 0 {
 		r.out = r.out[:fuse.OutHeaderSize]
 	}
-	s.reply(r.out, r.hdr.Unique, e)
+	s.reply(r.out, r.hdr.Unique, e, keep)
 	r.release()
 }
 
-// reply writes b, which begins with room for the header.
-func (s *stream) reply(b []byte, unique uint64, e fuse.Errno) {
+// reply writes b, which begins with room for the header, and what was kept before it; or keeps it.
+func (s *stream) reply(b []byte, unique uint64, e fuse.Errno, keep bool) {
 	if e > fuse.MaxErrno {
 		e = unix.EIO
 	}
 	fuse.Put(b, &fuse.OutHeader{Len: uint32(len(b)), Error: -int32(e), Unique: unique})
-	// An error ends the stream: who reads sees it too.
-	_, _ = s.c.Write(b)
+	s.outMu.Lock()
+	defer s.outMu.Unlock()
+	fits := len(s.out)+len(b) <= cap(s.out)
+	if fits && (keep || len(s.out) > 0) {
+		s.out = append(s.out, b...)
+		b = nil
+	}
+	if !keep || !fits {
+		s.flushLocked()
+	}
+	if len(b) > 0 {
+		// An error ends the stream: who reads sees it too.
+		_, _ = s.c.Write(b)
+	}
+}
+
+// flush writes the replies that were kept. They are kept only by who has the turn, while he can go on without waiting.
+func (s *stream) flush() {
+	s.outMu.Lock()
+	s.flushLocked()
+	s.outMu.Unlock()
+}
+
+func (s *stream) flushLocked() {
+	if len(s.out) > 0 {
+		_, _ = s.c.Write(s.out) // as in reply
+		s.out = s.out[:0]
+	}
 }
 
 // replier is for an operation that returns later: it is to be called once, from anywhere, with the errno.
 func (r *request) replier() func(fuse.Errno) {
 	s, unique := r.s, r.hdr.Unique
-	return func(e fuse.Errno) { s.reply(make([]byte, fuse.OutHeaderSize), unique, e) }
+	return func(e fuse.Errno) { s.reply(make([]byte, fuse.OutHeaderSize), unique, e, false) }
 }
 
 func (s *stream) run(r *request, op *op) fuse.Errno {
