@@ -426,6 +426,17 @@ func (d *daemon) openEvents(ctx context.Context) {
 	}
 }
 
+// passNotify has the helper serve a notify channel of m.
+func (d *daemon) passNotify(ctx context.Context, m *mount, conn *transport.Conn) error {
+	dev, err := m.pump.Device()
+	if err != nil {
+		conn.Close()
+		return err
+	}
+	defer dev.Close()
+	return d.pass(ctx, call{Op: opNotify, Dir: m.dir}, conn, dev)
+}
+
 // pass gives conn, and files after it, to the helper.
 func (d *daemon) pass(ctx context.Context, q call, conn *transport.Conn, files ...*os.File) error {
 	defer conn.Close()

@@ -3,19 +3,21 @@
 package guest
 
 import (
-	"errors"
-	"fmt"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
-// device is the fuse device of a mount, outside the runtime's poller: who reads it waits in poll(2) on a thread of
-// his own, which costs half of the way through the poller (doc.go), and unlike a blocking read can be woken.
+// device is the fuse device of a mount, outside the runtime's poller. Who reads it waits in poll(2) on a thread of his
+// own, which costs half of the way through the poller (doc.go) and can be woken, as a blocking read can't. And who only
+// writes to it is not woken by the kernel for every request.
 type device struct {
-	f    *os.File // owns fd
-	fd   int      // non-blocking
-	wake int      // an eventfd that ends wait
+	fd   int // non-blocking; for who reads and writes, and has ended before close
+	wake int // an eventfd that ends wait
+
+	mu     sync.Mutex
+	closed bool
 }
 
 // newDevice takes over f, also when it fails.
@@ -34,19 +36,15 @@ func newDevice(f *os.File) (*device, error) {
 	if dupErr != nil {
 		return nil, os.NewSyscallError("fcntl", dupErr)
 	}
-	// NewFile keeps what blocks out of the poller. That it blocks for a moment hurts nobody: nothing reads it yet.
-	err = unix.SetNonblock(d.fd, false)
-	d.f = os.NewFile(uintptr(d.fd), "/dev/fuse")
-	err = errors.Join(err, unix.SetNonblock(d.fd, true))
-	if err == nil {
-		d.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	}
-	if err != nil {
-		d.f.Close()
-		return nil, fmt.Errorf("prepare /dev/fuse: %w", err)
+	if d.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		unix.Close(d.fd)
+		return nil, os.NewSyscallError("eventfd", err)
 	}
 	return d, nil
 }
+
+// Write writes one message.
+func (d *device) Write(b []byte) (int, error) { return unix.Write(d.fd, b) }
 
 // wait waits for something to read, for at most timeout milliseconds (-1: for ever). The error is os.ErrClosed after end.
 func (d *device) wait(timeout int) (ready bool, err error) {
@@ -71,8 +69,25 @@ func (d *device) end() {
 	_, _ = unix.Write(d.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
 }
 
+// dup returns a duplicate, for passing it on. It may be called at any time.
+func (d *device) dup() (*os.File, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil, os.ErrClosed
+	}
+	fd, err := unix.FcntlInt(uintptr(d.fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	return os.NewFile(uintptr(fd), "/dev/fuse"), nil
+}
+
 // close closes the descriptors. Nobody may be reading, writing or waiting.
 func (d *device) close() {
-	d.f.Close()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.closed = true
+	unix.Close(d.fd)
 	unix.Close(d.wake)
 }

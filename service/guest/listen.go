@@ -183,7 +183,7 @@ func (d *daemon) notify1(ctx context.Context, m *mount) error {
 		conn.Close()
 		return err
 	}
-	return d.pass(ctx, call{Op: opNotify, Dir: m.dir}, conn, m.pump.Device())
+	return d.passNotify(ctx, m, conn)
 }
 
 // mayAsk says whether the host may ask for a mount with o.

@@ -97,6 +97,19 @@ func (o *MountOptions) set(key string) error {
 	return nil
 }
 
+// hostOptions are those of a list that a host of version 2 has a say in: ro or rw, the last of which counts. It refuses others.
+func hostOptions(options []string) []string {
+	var last []string
+	for _, list := range options {
+		for opt := range strings.SplitSeq(list, ",") {
+			if opt == "ro" || opt == "rw" {
+				last = []string{opt}
+			}
+		}
+	}
+	return last
+}
+
 // list is what fusermount3 is told.
 func (o *MountOptions) list() string {
 	l := []string{"subtype=" + subtype}

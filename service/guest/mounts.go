@@ -175,9 +175,8 @@ func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o Mou
 	if err := checkPoint(spec.Dir, d.roots); err != nil {
 		return nil, &permanentError{err}
 	}
-	// What the host must know of the options is in the list as well as what it must not.
 	reply, err := c.request(ctx, func(id uint32) wire.Message {
-		return &wire.MountRequest{ID: id, Tag: spec.Tag, Dir: spec.Dir, Options: spec.Options}
+		return &wire.MountRequest{ID: id, Tag: spec.Tag, Dir: spec.Dir, Options: hostOptions(spec.Options)}
 	})
 	if err != nil {
 		return nil, fmt.Errorf("mount %s: %w", spec.Tag, err)
@@ -217,7 +216,7 @@ func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o Mou
 	d.wg.Go(func() {
 		conn, err := d.open(d.ctx, &wire.NotifyOpen2{SessionID: d.session, Token: d.c.Token, MountID: m.wireID})
 		if err == nil {
-			err = d.pass(d.ctx, call{Op: opNotify, Dir: m.dir}, conn, m.pump.Device())
+			err = d.passNotify(d.ctx, m, conn)
 		}
 		if err != nil && d.ctx.Err() == nil && !errors.Is(err, os.ErrClosed) {
 			d.log.Debug("notify channel", "dir", m.dir, "error", err)

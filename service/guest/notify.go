@@ -21,8 +21,12 @@ const maxNotify = MaxData + 64
 // write may wait for inode locks, and so for the mount's server: here it may.
 func (h *helperServer) serveNotify(dir string, conn io.ReadWriteCloser, dev *os.File) {
 	defer conn.Close()
-	defer dev.Close()
-	if err := notifyLoop(conn, dev); err != nil {
+	d, err := newDevice(dev)
+	if err == nil {
+		defer d.close()
+		err = notifyLoop(conn, d)
+	}
+	if err != nil {
 		h.channelEnded("notify channel of "+dir+": notify", err)
 	}
 }

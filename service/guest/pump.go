@@ -112,8 +112,8 @@ func (p *Pump) Run() error {
 // with ECONNABORTED once no other process holds the device.
 func (p *Pump) Close() { p.end(os.ErrClosed) }
 
-// Device is the mount's device, for passing it on; it is closed when Run returns.
-func (p *Pump) Device() *os.File { return p.dev.f }
+// Device returns a duplicate of the mount's device, for passing it on. The error is os.ErrClosed after Run.
+func (p *Pump) Device() (*os.File, error) { return p.dev.dup() }
 
 // Done is closed when the pump begins to end.
 func (p *Pump) Done() <-chan struct{} { return p.done }
