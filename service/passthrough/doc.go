@@ -28,6 +28,5 @@
 //   - Requests are served in turns of reading; see stream. A 4 KiB read is two system calls (read, pread) and a write.
 //   - Locks are the host's; see lockTable. Owners are those of the guest's callers; see creds.
 //
-// What answers ENOSYS, so that the kernel stops asking: BMAP (block devices), POLL (all that is open here is always ready),
-// SETUPMAPPING and REMOVEMAPPING (DAX), NOTIFY_REPLY (nothing is retrieved), and opcodes newer than 7.45.
+// README.md lists what answers ENOSYS, what else is not done, and why.
 package passthrough
