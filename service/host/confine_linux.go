@@ -112,10 +112,16 @@ func confine(c confinement) (procFD *os.File, warnings []string, err error) {
 //
 // That is a clone of the one directory, and its own root: ".." ends there, so
 // neither /proc/self/mem nor another process is within reach of it.
+//
+// The host's mounts stay below it, out of reach, and follow what the host mounts
+// and unmounts. For the kernel lets a directory be removed or renamed that is a
+// mount point in other namespaces only, and takes the mounts there away or along
+// (detach_mounts of fs/namespace.c): a guest could unmount what the host has
+// mounted in an export. What is a mount point here too is EBUSY.
 func emptyRoot() error {
 	// Nothing that is mounted here may show outside.
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("make / private: %w", err)
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return fmt.Errorf("make / a slave: %w", err)
 	}
 	procFD, err := unix.OpenTree(unix.AT_FDCWD, "/proc/self/fd", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if err != nil {
@@ -145,8 +151,6 @@ func emptyRoot() error {
 			return fmt.Errorf("mkdir %s: %w", dir, err)
 		}
 	}
-	// Onto the root, then pivot_root(".", "."), which puts the old root on
-	// top of the new one, from where it is taken away (pivot_root(2), Notes).
 	if err := unix.MoveMount(room, "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("move_mount to /: %w", err)
 	}
@@ -156,11 +160,8 @@ func emptyRoot() error {
 	if err := unix.Fchdir(room); err != nil {
 		return fmt.Errorf("fchdir: %w", err)
 	}
-	if err := unix.PivotRoot(".", "."); err != nil {
-		return fmt.Errorf("pivot_root: %w", err)
-	}
-	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
-		return fmt.Errorf("umount of the old root: %w", err)
+	if err := unix.Chroot("."); err != nil {
+		return fmt.Errorf("chroot: %w", err)
 	}
 	if err := unix.Chdir("/"); err != nil {
 		return fmt.Errorf("chdir /: %w", err)
