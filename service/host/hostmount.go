@@ -180,7 +180,7 @@ func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMou
 		ss.drop(m, "the guest hung up")
 		return nil, err
 	}
-	if err := ss.passStream(m, conn); err != nil {
+	if err := ss.passStream(m, conn, false); err != nil {
 		return nil, err
 	}
 	ss.mu.Lock()

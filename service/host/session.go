@@ -231,8 +231,9 @@ type hostError struct{ error }
 
 func (e *hostError) Unwrap() error { return e.error }
 
-// passStream gives c, the stream of m, to the worker. The caller closes c.
-func (ss *session) passStream(m *mount, c *transport.Conn) error {
+// passStream gives c, the stream of m, to the worker, as workerProc.stream does. Its error is a
+// *hostError where the worker may have c already.
+func (ss *session) passStream(m *mount, c *transport.Conn, reply bool) error {
 	ss.mu.Lock()
 	w := ss.worker
 	switch {
@@ -246,9 +247,9 @@ func (ss *session) passStream(m *mount, c *transport.Conn) error {
 	m.opened = true
 	m.timeout.Stop()
 	ss.mu.Unlock()
-	if err := w.stream(m.id, c); err != nil {
+	if err := w.stream(m.id, c, reply); err != nil {
 		ss.drop(m, "its stream could not be served")
-		return err
+		return &hostError{err}
 	}
 	return nil
 }
@@ -322,17 +323,12 @@ func (ss *session) openStream(c *transport.Conn, o *wire.StreamOpen) error {
 	if o.Received != 0 || o.Sent != 0 {
 		return fmt.Errorf("%w: a stream cannot be resumed", unix.EOPNOTSUPP)
 	}
-	if err := ss.passStream(m, c); err != nil {
-		return err
-	}
-	// The worker reads c from now on, and is silent until the guest, which
-	// waits for this, has sent its first request.
-	c.SetWriteDeadline(time.Now().Add(ss.srv.times.write))
-	if err := wire.Write(c, &wire.OpenReply{}); err != nil {
-		c.Shutdown()
+	err := ss.passStream(m, c, true)
+	if he := (*hostError)(nil); errors.As(err, &he) {
 		ss.log.Warn("stream lost before it began", "tag", m.export.Tag, "error", err)
+		return nil // no answer, but its end: a write could wait for ever
 	}
-	return nil
+	return err
 }
 
 // openNotify serves a notify channel of version 2.

@@ -18,6 +18,7 @@ import (
 	"transfused.org/transfused/service/ipc"
 	"transfused.org/transfused/service/passthrough"
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/wire"
 )
 
 // RoleWorker is the role of a process that serves one guest session.
@@ -39,9 +40,13 @@ type mountOrder struct {
 	Options Options
 }
 
+// streamOrder passes a stream. With Reply the worker begins it with an
+// OpenReply: it makes the connection block, for the parent too, and the parent
+// must not wait for a guest that does not read.
 type streamOrder struct {
 	MountID uint32
 	Peer    transport.Peer
+	Reply   bool
 }
 
 type unmountOrder struct{ MountID uint32 }
@@ -205,7 +210,13 @@ func (w *worker) stream(o *streamOrder, f *os.File) error {
 	}
 	m.conns[c] = true
 	w.streams.Go(func() {
-		err := w.serve(m.fs, c)
+		var err error
+		if o.Reply {
+			err = wire.Write(c, &wire.OpenReply{})
+		}
+		if err == nil {
+			err = w.serve(m.fs, c)
+		}
 		c.Shutdown() // the parent may still hold a duplicate
 		c.Close()
 		w.ended(o.MountID, m, c, err)

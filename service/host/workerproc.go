@@ -175,14 +175,15 @@ func (w *workerProc) mount(id uint32, e *Export) error {
 	return err
 }
 
-// stream passes c on. The caller still has c, and closes it.
-func (w *workerProc) stream(id uint32, c *transport.Conn) error {
+// stream passes c on. The caller still has c, closes it, and does nothing else
+// with it: it may block. With reply the worker answers a StreamOpen.
+func (w *workerProc) stream(id uint32, c *transport.Conn, reply bool) error {
 	f, err := c.File()
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	_, err = w.order(order{Stream: &streamOrder{id, c.Peer()}}, f)
+	_, err = w.order(order{Stream: &streamOrder{id, c.Peer(), reply}}, f)
 	return err
 }
 
