@@ -49,10 +49,10 @@ func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 	} else if ss.attach(c) {
 		ss.log.Info("guest connected", "version", ss.version, "software", quote(init.Software), "kernel", quote(init.Kernel))
 		ss.alive()
-		ss.work.Go(func() { ss.watch(ctx, c) })
+		ss.spawn(func() { ss.watch(ctx, c) })
 		for _, g := range ss.guests() {
 			for _, m := range g.Mounts {
-				ss.work.Go(func() { ss.keep(ctx, c, g, m) })
+				ss.spawn(func() { ss.keep(ctx, c, g, m) })
 			}
 		}
 		ss.read(c)
@@ -190,7 +190,7 @@ func (ss *session) message2(c *control, m wire.Message) error {
 	case *wire.MountRequest:
 		select {
 		case ss.busy <- struct{}{}:
-			ss.work.Go(func() {
+			ss.spawn(func() {
 				defer func() { <-ss.busy }()
 				ss.requestMount(c, m)
 			})

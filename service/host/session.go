@@ -109,6 +109,16 @@ func (ss *session) sameProcess(p transport.Peer) bool {
 	return p.Family != transport.Unix || p.PID == ss.peer.PID
 }
 
+// spawn runs f in a goroutine that the session's end waits for, unless that has begun.
+func (ss *session) spawn(f func()) {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	// run takes mu after ctx has ended and before it waits: work is not added to while it is waited for.
+	if ss.ctx.Err() == nil {
+		ss.work.Go(f)
+	}
+}
+
 func (ss *session) lost() bool {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()

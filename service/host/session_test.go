@@ -258,3 +258,20 @@ func TestHostAsks(t *testing.T) {
 		t.Error(r)
 	}
 }
+
+// What a guest sends while its session ends begins nothing that the end has not waited for.
+func TestNothingBeginsAtTheEnd(t *testing.T) {
+	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}})
+	newGuest(t, h.addr, 1).connect()
+	h.s.mu.Lock()
+	var ss *session
+	for ss = range h.s.sessions {
+	}
+	h.s.mu.Unlock()
+	ss.cancel(errGuestGone)
+	h.logs.wait("session ended")
+	if err := ss.message2(nil, &wire.MountRequest{ID: 1, Tag: "nothing"}); err != nil {
+		t.Error(err)
+	}
+	ss.work.Wait()
+}
