@@ -51,11 +51,8 @@ func (c *policy) admit(p transport.Peer, token []byte) error {
 	}
 	switch p.Family {
 	case transport.Vsock:
-		if p.CID <= transport.CIDHost && !c.named(p) {
-			return fmt.Errorf("CID %d is refused unless it is named: add guests=%[1]d to an export", p.CID)
-		}
-		if p.Port >= privilegedPorts && !c.allowUnprivileged {
-			return fmt.Errorf("source port %d is not below %d, so that it may be any process of the guest: run transfused as root there, or start the host with --allow-unprivileged-guests", p.Port, privilegedPorts)
+		if err := c.admitVsock(p); err != nil {
+			return err
 		}
 	case transport.Hybrid:
 		if len(c.token) > 0 && !right && !c.allowUnprivileged {
@@ -73,6 +70,22 @@ func (c *policy) admit(p transport.Peer, token []byte) error {
 		return fmt.Errorf("no export is for this guest: add guests=%s to one", ruleFor(p))
 	}
 	return nil
+}
+
+// admitVsock is admit as far as vsock itself tells.
+func (c *policy) admitVsock(p transport.Peer) error {
+	if p.CID <= transport.CIDHost && !c.named(p) {
+		return fmt.Errorf("CID %d is refused unless it is named: add guests=%[1]d to an export", p.CID)
+	}
+	if p.Port >= privilegedPorts && !c.allowUnprivileged {
+		return fmt.Errorf("source port %d is not below %d, so that it may be any process of the guest: run transfused as root there, or start the host with --allow-unprivileged-guests", p.Port, privilegedPorts)
+	}
+	return nil
+}
+
+// stranger says whether p is one that admit refuses whatever it sends. It is heard all the same, to be told why.
+func (c *policy) stranger(p transport.Peer) bool {
+	return p.Family == transport.Vsock && c.admitVsock(p) != nil || len(c.visible(p)) == 0
 }
 
 // visible returns the exports that p may mount, in the order of the

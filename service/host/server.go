@@ -28,7 +28,9 @@ type server struct {
 	times    times
 	refused  *limiter
 	gate     *gate
-	limits   confinement // of each worker; paths and capabilities come with the session
+	// strangers are behind a gate of their own: a guest's ordinary processes must not keep its root out.
+	strangers *gate
+	limits    confinement // of each worker; paths and capabilities come with the session
 
 	wg sync.WaitGroup // all goroutines but the workers' readers, which the sessions wait for
 
@@ -71,11 +73,13 @@ var defaultTimes = times{
 
 // Bounds of what peers can have.
 const (
-	maxUnknown     = 256 // connections that have not said who they are, in all
-	maxUnknownEach = 32  // of one peer
-	maxSessions    = 8   // of one peer; each is a process
-	maxMounts      = 256 // of one session
-	maxRequests    = 8   // of one session, being worked on
+	maxUnknown       = 256 // connections that have not said who they are, in all
+	maxUnknownEach   = 32  // of one peer
+	maxStrangers     = 32  // connections that will be refused, until they are told so
+	maxStrangersEach = 4   // of one peer
+	maxSessions      = 8   // of one peer; each is a process
+	maxMounts        = 256 // of one session
+	maxRequests      = 8   // of one session, being worked on
 )
 
 // Limits of a worker. Its memory is for the bytes of requests in flight and
@@ -92,7 +96,7 @@ func newServer(c Config) *server {
 		log = slog.New(slog.DiscardHandler)
 	}
 	s := &server{
-		log: log, software: c.Software, times: defaultTimes, refused: newLimiter(20, 1), gate: newGate(maxUnknown, maxUnknownEach),
+		log: log, software: c.Software, times: defaultTimes, refused: newLimiter(20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
 		limits:   confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
 		sessions: map[*session]bool{}, quotas: map[identity]quota{},
 		policy: policy{
@@ -210,8 +214,11 @@ func (s *server) handle(ctx context.Context, c *transport.Conn) {
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
-	who := identify(c.Peer())
-	if !s.gate.enter(who) {
+	who, gate := identify(c.Peer()), s.gate
+	if s.stranger(c.Peer()) {
+		gate = s.strangers
+	}
+	if !gate.enter(who) {
 		s.refuse(c.Peer(), errors.New("too many connections that have not said who they are"))
 		return
 	}
@@ -219,7 +226,7 @@ func (s *server) handle(ctx context.Context, c *transport.Conn) {
 	if err == nil {
 		err = s.admit(c.Peer(), tokenOf(first))
 	}
-	s.gate.leave(who)
+	gate.leave(who)
 	if err == nil {
 		err = s.dispatch(ctx, stop, c, first)
 	}
