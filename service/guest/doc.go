@@ -16,19 +16,16 @@
 //
 // # The pump
 //
-// One goroutine reads the device and one reads the stream. Nothing is allocated, locked or started for a message. The
-// descriptors are in the runtime's poller. A second reader of the device was measured and is not used. Median of five
-// interleaved rounds in one run, host and guest over a Unix socket, tmpfs behind, 2 virtual CPUs, Linux 6.18, Go 1.26:
+// One goroutine reads the device and one reads the stream, and each waits in system calls on a thread of its own: poll(2)
+// and read(2), not the runtime's poller. Nothing is allocated, locked or started for a message. FORGETs, for which nobody
+// waits, travel with the next request.
 //
-//	                       one reader   two readers
-//	getattr, one CPU       25.9 µs      26.5 µs
-//	8 callers, one CPU     20.1 µs      21.2 µs
-//	1 MiB reads, one CPU   0.88 GB/s    0.87 GB/s
-//	getattr, free          78.3 µs      94.8 µs
-//	8 callers, free        21.3 µs      21.6 µs
-//	1 MiB reads, free      0.95 GB/s    1.03 GB/s
-//
-// Two take turns at one descriptor's lock, and each turn wakes the other's thread.
+// The figures behind that, Linux 6.18, Go 1.26, 2 virtual CPUs: 80 bytes there and back between two Go processes over a
+// socket pair, both on one CPU, take 7.6 µs through the poller and 3.4 µs with blocking descriptors, if there are more Ps than
+// threads that wait (transport.PrepareBlocking); a forced getattr through both programs, all on one CPU, tmpfs behind, went
+// from 31 µs to 15 µs, where the same path in C without checks takes 8.3 µs. A second reader of the device was measured
+// and lost: 26.5 µs against 25.9 µs a getattr on one CPU, 95 µs against 78 µs free (medians of five interleaved rounds, with
+// the poller).
 //
 // The pump learns max_write and max_pages from INIT's reply, and bounds both to MaxData there, whatever the kernel would
 // allow: a buffer that is too small for the kernel gets EINVAL once and is replaced. Features that need the device's

@@ -73,13 +73,13 @@ var defaultTimes = times{
 
 // Bounds of what peers can have.
 const (
-	maxUnknown       = 256 // connections that have not said who they are, in all
-	maxUnknownEach   = 32  // of one peer
-	maxStrangers     = 32  // connections that will be refused, until they are told so
-	maxStrangersEach = 4   // of one peer
-	maxSessions      = 8   // of one peer; each is a process
-	maxMounts        = 256 // of one session
-	maxRequests      = 8   // of one session, being worked on
+	maxUnknown       = 256       // connections that have not said who they are, in all
+	maxUnknownEach   = 32        // of one peer
+	maxStrangers     = 32        // connections that will be refused, until they are told so
+	maxStrangersEach = 4         // of one peer
+	maxSessions      = 8         // of one peer; each is a process
+	maxMounts        = 256       // of one session
+	maxRequests      = maxMounts // of one session, being worked on: a guest may ask for all it can have at once
 )
 
 // Limits of a worker. Its memory is for the bytes of requests in flight and
