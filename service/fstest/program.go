@@ -132,6 +132,7 @@ func (e *env) overlay(lower, upper string) {
 	write(lower+"/dir/file", "lower")
 	e.ok(os.Mkdir(lower+"/old", 0o755), "mkdir")
 	write(lower+"/old/file", "lower")
+	e.ok(os.Symlink("keep", lower+"/link"), "symlink")
 
 	err := unix.Mount("fstest", merged, "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, upper, work))
 	if err == unix.ENODEV {
@@ -156,6 +157,8 @@ func (e *env) overlay(lower, upper string) {
 	e.ok(f.Close(), "close")
 	e.eq(read(m("change")), "lower and upper", "content")
 	e.ok(os.Remove(m("remove")), "remove")
+	// Its copy has no attributes on an upper layer whose links can't have them; that must not cost directories theirs.
+	e.ok(os.Rename(m("link"), m("linked")), "rename a symlink")
 	e.ok(os.RemoveAll(m("old")), "remove a directory")
 	e.ok(os.Mkdir(m("old"), 0o755), "mkdir over a whiteout")
 	write(m("old/new"), "upper")
@@ -172,7 +175,7 @@ func (e *env) overlay(lower, upper string) {
 			}
 			return err
 		}), "walk")
-		e.eq(names, []string{"change", "dir", "dir/renamed", "keep", "new", "old", "old/new"}, "the merged tree")
+		e.eq(names, []string{"change", "dir", "dir/renamed", "keep", "linked", "new", "old", "old/new"}, "the merged tree")
 		e.eq(read(m("change")), "lower and upper", "content")
 		e.eq(read(m("dir/renamed")), "lower", "content")
 	}

@@ -43,7 +43,7 @@ func TestPosix(t *testing.T) {
 // Our own suite.
 func TestSuite(t *testing.T) {
 	missing := map[string]string{
-		"xattr/trusted": "the guest's trusted.* are user.* on the host, which symbolic links can't have (overlayfs knows that)",
+		"xattr/trusted": "the guest's trusted.* are user.* on the host, which symbolic links can't have (see trustedRule)",
 	}
 	if !raiseFsetid(t) {
 		for _, c := range []string{"perm/setgid-directory", "setid/chown-by-root", "setid/foreign-group"} {

@@ -51,6 +51,10 @@ const (
 
 // Attributes of the guest that mean something to the host's kernel are kept under other names: its trusted.* (an
 // overlayfs of the host would believe them), and without privilege all that only root may set.
+//
+// A symbolic link can't have user.*, so setting trusted.* on one of the guest's answers EPERM, as Linux does for user.* itself.
+// An overlayfs of the guest passes over EPERM when it copies a link up (since Linux 5.11); of EOPNOTSUPP it would conclude
+// that its whole upper layer has no attributes, and refuse opaque directories from then on. cp -a passes over both.
 var (
 	trustedRule = XattrRule{"trusted.", "user.transfuse.trusted."}
 	userRules   = []XattrRule{trustedRule, {"security.", "user.transfuse.security."}}
