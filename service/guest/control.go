@@ -32,7 +32,8 @@ type control struct {
 	version uint16
 	peer    wire.Init // of version 2
 	queue   chan queued
-	done    chan struct{} // closed when the channel has ended
+	done    chan struct{} // closed by end
+	once    sync.Once
 
 	mu      sync.Mutex // guards the rest
 	lastID  uint32
@@ -49,6 +50,9 @@ func newControl(conn *transport.Conn, r *wire.Reader, version uint16, peer wire.
 	return &control{conn: conn, reader: r, version: version, peer: peer, queue: make(chan queued, queueLen),
 		done: make(chan struct{}), waiting: make(map[uint32]chan wire.Message)}
 }
+
+// end lets go who waits for the channel. Its writer ends it as well as its reader, who may wait for the writer.
+func (c *control) end() { c.once.Do(func() { close(c.done) }) }
 
 // offer queues m, or drops it where the host does not read: for log lines.
 func (c *control) offer(m wire.Message) {
@@ -95,6 +99,7 @@ func (c *control) write() {
 				close(q.written)
 			} else if wire.Write(c.conn, q.m) != nil {
 				c.conn.Shutdown() // the reader tells why
+				c.end()
 				return
 			}
 		case <-c.done:
@@ -326,7 +331,7 @@ func (d *daemon) session1(ctx context.Context, c *control) error {
 	err := d.readControl(sctx, c, &wg)
 	d.down(c)
 	cancel()
-	close(c.done)
+	c.end()
 	c.conn.Close()
 	wg.Wait()
 	return err

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
@@ -19,6 +20,9 @@ import (
 
 // maxAsks is how many mounts, unmounts and suitability requests of the host are served at once.
 const maxAsks = 16
+
+// goodbyeTime is how long the host has to read what it is told at the end.
+const goodbyeTime = 2 * time.Second
 
 // daemon is one running guest daemon.
 type daemon struct {
@@ -131,6 +135,8 @@ func (d *daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *
 		unmounts.Go(func() { d.unmount(m, wire.ReasonShutdown) })
 	}
 	unmounts.Wait()
+	// A host that does not read must not keep this waiting for room to tell it something.
+	defer time.AfterFunc(goodbyeTime, endControl).Stop()
 	askers.Wait()
 	if c := d.control.Load(); c != nil {
 		c.flush()

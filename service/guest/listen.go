@@ -179,6 +179,8 @@ func (d *daemon) notify1(ctx context.Context, m *mount) error {
 	if err != nil {
 		return err
 	}
+	// Deadlines of a connection in the poller can be set. The helper has its own.
+	_ = conn.SetWriteDeadline(time.Now().Add(handshakeTime))
 	if err := wire.Write(conn, &wire.NotifyOpen{Dir: m.dir}); err != nil {
 		conn.Close()
 		return err
