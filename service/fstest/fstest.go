@@ -21,7 +21,7 @@ type Options struct {
 	// reported as NOT RUN. A case that has no key here must pass.
 	Missing map[string]string
 
-	Entries int    // entries of the large directory; 0: 100,000
+	Entries int    // of the large directory, and at most of other large ones; 0: 100,000
 	Ops     int    // operations of the random sequence; 0: 3,000
 	Seed    uint64 // of the random sequence; 0: a random one, which is printed
 }

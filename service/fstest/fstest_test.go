@@ -14,7 +14,7 @@ import (
 
 var (
 	flagDir     = flag.String("dir", "", "directory to test; default: a temporary one")
-	flagEntries = flag.Int("entries", 0, "entries of the large directory; default: 100,000")
+	flagEntries = flag.Int("entries", 0, "entries of the large directory, and at most of other large ones; default: 100,000")
 	flagOps     = flag.Int("ops", 0, "operations of the random sequence; default: 3,000")
 	flagSeed    = flag.Uint64("seed", 0, "seed of the random sequence; default: a random one")
 	missing     = missingFlag{}

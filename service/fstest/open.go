@@ -287,7 +287,7 @@ func openPath(e *env) {
 
 // openMany: a thousand descriptors of one file and of a thousand files.
 func openMany(e *env) {
-	const n = 500
+	n := min(500, e.o.Entries)
 	fds := make([]int, 0, 2*n)
 	for i := range n {
 		fds = append(fds, e.open(fmt.Sprint("f", i), unix.O_CREAT|unix.O_RDWR, 0o600), e.open("one", unix.O_CREAT|unix.O_RDWR, 0o600))
