@@ -18,9 +18,10 @@ import (
 )
 
 const (
-	maxPending = 64                    // connections that have not yet said what they are
-	firstTime  = 10 * time.Second      // for them to say it
-	argsTime   = 50 * time.Millisecond // for the rest of mount arguments (protocol-v1)
+	maxPending  = 64                    // connections that have not yet said what they are
+	firstTime   = 10 * time.Second      // for them to say it
+	refusedTime = time.Second           // between lines about connections that are refused
+	argsTime    = 50 * time.Millisecond // for the rest of mount arguments (protocol-v1)
 )
 
 // allowed says why p may not dial this guest's socket: only its host may, of which server is the address.
@@ -49,6 +50,18 @@ func (d *daemon) acceptLoop(ctx context.Context, ln *transport.Listener) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	pending := make(chan struct{}, maxPending)
+	// Any process of this machine may come here, as often as it likes: not each time is worth a line.
+	var last time.Time
+	left := 0
+	refuse := func(conn *transport.Conn, err error) {
+		defer conn.Close()
+		if now := time.Now(); now.Sub(last) < refusedTime {
+			left++
+		} else {
+			d.log.Warn("connection refused", "peer", conn.Peer(), "error", err, "left_out_before", left)
+			last, left = now, 0
+		}
+	}
 	for {
 		conn, err := ln.Accept()
 		if ctx.Err() != nil {
@@ -64,15 +77,13 @@ func (d *daemon) acceptLoop(ctx context.Context, ln *transport.Listener) {
 			continue
 		}
 		if err := allowed(conn.Peer(), d.c.Server, uint32(os.Geteuid())); err != nil {
-			d.log.Warn("connection refused", "peer", conn.Peer(), "error", err)
-			conn.Close()
+			refuse(conn, err)
 			continue
 		}
 		select {
 		case pending <- struct{}{}:
 		default:
-			d.log.Warn("connection refused: too many that say nothing", "peer", conn.Peer())
-			conn.Close()
+			refuse(conn, fmt.Errorf("%w: %d others have not said what they are", unix.EAGAIN, maxPending))
 			continue
 		}
 		wg.Go(func() {
