@@ -410,7 +410,8 @@ func (d *daemon) perfstat(m *wire.PerfstatRequest) wire.Message {
 
 // openEvents opens the session's event channel of version 2.
 func (d *daemon) openEvents(ctx context.Context) {
-	a, err := d.helper.call(ctx, call{Op: opThread})
+	// The helper answers at once; an answer that nobody takes would leave it the thread.
+	a, err := d.helper.call(context.WithoutCancel(ctx), call{Op: opThread})
 	if err != nil {
 		d.log.Error("event channel", "error", err)
 		return
@@ -439,7 +440,7 @@ func (d *daemon) passNotify(ctx context.Context, m *mount, conn *transport.Conn)
 		return err
 	}
 	defer dev.Close()
-	return d.pass(ctx, call{Op: opNotify, Dir: m.dir}, conn, dev)
+	return d.pass(ctx, call{Op: opNotify, Key: m.key, Dir: m.dir}, conn, dev)
 }
 
 // pass gives conn, and files after it, to the helper.

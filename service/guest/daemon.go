@@ -21,6 +21,9 @@ import (
 // maxAsks is how many mounts, unmounts and suitability requests of the host are served at once.
 const maxAsks = 16
 
+// maxMounts is how many mounts there may be: each has threads, and without threads the process ends.
+const maxMounts = 1024
+
 // goodbyeTime is how long the host has to read what it is told at the end.
 const goodbyeTime = 2 * time.Second
 
@@ -40,11 +43,12 @@ type daemon struct {
 	ready     sync.Once
 	wg        sync.WaitGroup // mounts, and what serves them
 
-	mu      sync.Mutex // guards the rest
-	upOrNot chan struct{}
-	mounts  map[uint64]*mount
-	lastKey uint64
-	ending  bool
+	mu       sync.Mutex // guards the rest
+	upOrNot  chan struct{}
+	mounts   map[uint64]*mount
+	lastKey  uint64
+	standing int // mounts, and those that are being made
+	ending   bool
 }
 
 // Run is the daemon. It serves until ctx ends, and then unmounts everything, ends its helper and returns nil. It

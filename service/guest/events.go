@@ -50,11 +50,35 @@ func (a *actor) do(f func() error) error {
 
 func (a *actor) close() { close(a.work) }
 
+// maxActors is how many event channels may be open: each has a thread, and without threads the process ends.
+const maxActors = 64
+
+func (h *helperServer) newActor() (*actor, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.acting == maxActors {
+		return nil, fmt.Errorf("%w: the host has %d event channels already", unix.EMFILE, maxActors)
+	}
+	h.acting++
+	return newActor(), nil
+}
+
+func (h *helperServer) endActor(a *actor) {
+	a.close()
+	h.mu.Lock()
+	h.acting--
+	h.mu.Unlock()
+}
+
 // serveEvents1 acts the events of version 1 until the channel ends.
 func (h *helperServer) serveEvents1(conn io.ReadWriteCloser) {
 	defer conn.Close()
-	a := newActor()
-	defer a.close()
+	a, err := h.newActor()
+	if err != nil {
+		h.channelEnded("event", err)
+		return
+	}
+	defer h.endActor(a)
 	if _, err := conn.Write([]byte(strconv.Itoa(a.tid))); err != nil {
 		return
 	}
@@ -78,7 +102,7 @@ func (h *helperServer) serveEvents1(conn io.ReadWriteCloser) {
 // serveEvents2 acts the events of version 2, and answers each.
 func (h *helperServer) serveEvents2(a *actor, conn io.ReadWriteCloser) {
 	defer conn.Close()
-	defer a.close()
+	defer h.endActor(a)
 	r := wire.NewReader(conn, wire.MaxControl)
 	for {
 		t, body, err := r.Next()

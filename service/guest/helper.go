@@ -32,7 +32,7 @@ const (
 	opEvents1 = "events1" // and the connection
 	opThread  = "thread"  // answers with Thread
 	opEvents2 = "events2" // Thread, and the connection, or none if it failed
-	opNotify  = "notify"  // Key, and the connection and the device
+	opNotify  = "notify"  // Key, Dir, and the connection and the device
 )
 
 // call is what the daemon asks of the helper.
@@ -71,10 +71,12 @@ type helperServer struct {
 	fusermount string
 	mounts     map[uint64]*helperMount
 	actors     map[int]*actor // threads whose channel is being dialled
+	acting     int            // threads in all
 }
 
 type helperMount struct {
 	point    *point
+	notify   io.Closer // the notify channel, when it is there; guarded by helperServer.mu
 	wireID   uint32
 	readOnly bool
 }
@@ -142,6 +144,9 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 	case opForget:
 		if m := h.take(q.Key, true); m != nil {
 			m.point.close()
+			if m.notify != nil {
+				m.notify.Close() // it holds the device
+			}
 		}
 	case opSuit:
 		for _, p := range q.Paths {
@@ -152,7 +157,10 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 	case opEvents1:
 		go h.serveEvents1(transport.NewConn(files[0], transport.Peer{}))
 	case opThread:
-		a := newActor()
+		var a *actor
+		if a, err = h.newActor(); err != nil {
+			break
+		}
 		h.mu.Lock()
 		h.actors[a.tid] = a
 		h.mu.Unlock()
@@ -166,10 +174,22 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 		case a != nil && len(files) == 1:
 			go h.serveEvents2(a, transport.NewConn(files[0], transport.Peer{}))
 		case a != nil:
-			a.close()
+			h.endActor(a)
 		}
 	case opNotify:
-		go h.serveNotify(q.Dir, transport.NewConn(files[0], transport.Peer{}), files[1])
+		conn := transport.NewConn(files[0], transport.Peer{})
+		h.mu.Lock()
+		m := h.mounts[q.Key]
+		if m != nil {
+			m.notify = conn
+		}
+		h.mu.Unlock()
+		if m == nil { // unmounted meanwhile
+			conn.Close()
+			files[1].Close()
+			break
+		}
+		go h.serveNotify(q.Dir, conn, files[1])
 	default:
 		err = fmt.Errorf("operation %q: %w", q.Op, unix.ENOSYS)
 	}

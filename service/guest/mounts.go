@@ -48,14 +48,20 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 	d.mu.Lock()
 	d.lastKey++
 	m := &mount{key: d.lastKey, dir: filepath.Clean(q.dir), tag: q.tag, wireID: q.wireID, version: q.version, ended: make(chan struct{})}
-	ending := d.ending
-	if !ending {
+	var err error
+	switch {
+	case d.ending:
+		err = errEnding
+	case d.standing == maxMounts:
+		err = fmt.Errorf("mount %s: %w: there are %d mounts already", m.dir, unix.EMFILE, maxMounts)
+	default:
+		d.standing++
 		d.wg.Add(1) // while mounts is not yet final, so that the end waits for this one
 	}
 	d.mu.Unlock()
-	if ending {
+	if err != nil {
 		q.conn.Close()
-		return nil, errEnding
+		return nil, err
 	}
 	a, err := d.helper.call(ctx, call{Op: opMount, Key: m.key, Dir: q.dir, Options: q.options, WireID: q.wireID})
 	if err == nil && a.file == nil {
@@ -63,21 +69,21 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 	}
 	if err != nil {
 		q.conn.Close()
-		d.wg.Done()
+		d.gone()
 		return nil, err
 	}
 	log := d.log.With("dir", m.dir)
 	if m.pump, err = startPump(a.file, q.conn, log); err != nil {
 		d.detach(m)
-		d.wg.Done()
+		d.gone()
 		return nil, err
 	}
 	d.mu.Lock()
 	d.mounts[m.key] = m
-	ending = d.ending
+	ending := d.ending
 	d.mu.Unlock()
 	go func() {
-		defer d.wg.Done()
+		defer d.gone()
 		d.run(m)
 	}()
 	log.Info("mounted", "tag", m.tag)
@@ -86,6 +92,14 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 		return nil, errEnding
 	}
 	return m, nil
+}
+
+// gone is for a mount that was begun and has ended.
+func (d *daemon) gone() {
+	d.mu.Lock()
+	d.standing--
+	d.mu.Unlock()
+	d.wg.Done()
 }
 
 // startPump makes a pump that waits in system calls.
