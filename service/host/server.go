@@ -39,15 +39,16 @@ type server struct {
 	quotas   map[identity]quota
 }
 
-// quota bounds the log lines of a peer, over all of its sessions: ours about
-// it, and its own.
-type quota struct{ own, guest *limiter }
+// quota bounds what a peer causes, over all of its sessions: log lines, ours
+// about it and its own; mounts and workers, since each begins and ends under
+// locks that all of this machine shares (mounts, network namespaces).
+type quota struct{ own, guest, mounts, workers *limiter }
 
 // quotaOf returns the quota of a peer. Precondition: s.mu is held.
 func (s *server) quotaOf(id identity) quota {
 	q, ok := s.quotas[id]
 	if !ok {
-		q = quota{own: newLimiter(200, 20), guest: newLimiter(100, 10)}
+		q = quota{own: newLimiter(200, 20), guest: newLimiter(100, 10), mounts: newLimiter(maxMounts, 10), workers: newLimiter(4*maxSessions, 1)}
 		s.quotas[id] = q
 	}
 	return q

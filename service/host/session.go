@@ -34,7 +34,7 @@ type session struct {
 	socket  string         // version 2: where the guest says that it listens
 	write   uint32         // the most data of a READ or WRITE, in bytes
 	log     *slog.Logger
-	quota   quota // of its log lines
+	quota   quota
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	start   time.Time
@@ -182,6 +182,9 @@ func (ss *session) startWorker() (*workerProc, error) {
 	if ss.worker != nil {
 		return ss.worker, nil
 	}
+	if ok, _ := ss.quota.workers.allow(time.Now()); !ok {
+		return nil, fmt.Errorf("%w: this guest has begun too many sessions lately", unix.EAGAIN)
+	}
 	c := ss.srv.limits
 	var suid, dev bool
 	for _, e := range ss.srv.visible(ss.peer) {
@@ -213,6 +216,9 @@ func (ss *session) addMount(e *Export, dir string) (*mount, error) {
 	w, err := ss.startWorker()
 	if err != nil {
 		return nil, &hostError{err}
+	}
+	if ok, _ := ss.quota.mounts.allow(time.Now()); !ok {
+		return nil, fmt.Errorf("%w: too many mounts at once: wait a little", unix.EAGAIN)
 	}
 	m := &mount{export: e, dir: dir, done: make(chan struct{})}
 	ss.mu.Lock()
