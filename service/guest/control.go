@@ -12,8 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"transfused.org/transfused/service/fuse"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
@@ -309,7 +307,7 @@ func (d *daemon) controlLoop(ctx context.Context) {
 		b.reset()
 		err = d.session1(ctx, c)
 		if ctx.Err() == nil {
-			d.log.Warn(fmt.Sprintf("the control channel to the host at %s ended, its mounts go on: %s", d.c.Server, err))
+			d.log.Warn(fmt.Sprintf("the control channel to the host at %s ended: %s", d.c.Server, err))
 			if !b.wait(ctx) {
 				return
 			}
@@ -326,7 +324,7 @@ func (d *daemon) session1(ctx context.Context, c *control) error {
 	d.up(c)
 	sctx, cancel := context.WithCancel(ctx)
 	if c.version >= wire.Version2 {
-		wg.Go(func() { d.openEvents(sctx) })
+		wg.Go(func() { d.keepEvents(sctx) })
 	}
 	err := d.readControl(sctx, c, &wg)
 	d.down(c)
@@ -406,51 +404,4 @@ func (d *daemon) perfstat(m *wire.PerfstatRequest) wire.Message {
 		mnt.pump.startPerf()
 	}
 	return r
-}
-
-// openEvents opens the session's event channel of version 2.
-func (d *daemon) openEvents(ctx context.Context) {
-	// The helper answers at once; an answer that nobody takes would leave it the thread.
-	a, err := d.helper.call(context.WithoutCancel(ctx), call{Op: opThread})
-	if err != nil {
-		d.log.Error("event channel", "error", err)
-		return
-	}
-	q := call{Op: opEvents2, Thread: a.Thread}
-	conn, err := d.open(ctx, &wire.EventOpen{SessionID: d.session, Token: d.c.Token, ThreadID: uint32(a.Thread)})
-	if err == nil {
-		err = d.pass(ctx, q, conn)
-	} else {
-		_, _ = d.helper.call(ctx, q) // ends the thread; an error means that the helper did
-	}
-	if err != nil && ctx.Err() == nil {
-		if errors.Is(err, unix.ENOSYS) {
-			d.log.Debug("the host sends no events", "error", err)
-		} else {
-			d.log.Warn("event channel", "error", err)
-		}
-	}
-}
-
-// passNotify has the helper serve a notify channel of m.
-func (d *daemon) passNotify(ctx context.Context, m *mount, conn *transport.Conn) error {
-	dev, err := m.pump.Device()
-	if err != nil {
-		conn.Close()
-		return err
-	}
-	defer dev.Close()
-	return d.pass(ctx, call{Op: opNotify, Key: m.key, Dir: m.dir}, conn, dev)
-}
-
-// pass gives conn, and files after it, to the helper.
-func (d *daemon) pass(ctx context.Context, q call, conn *transport.Conn, files ...*os.File) error {
-	defer conn.Close()
-	f, err := conn.File()
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = d.helper.call(ctx, q, append([]*os.File{f}, files...)...)
-	return err
 }

@@ -49,6 +49,7 @@ type daemon struct {
 	lastKey  uint64
 	standing int // mounts, and those that are being made
 	ending   bool
+	stale    []string // mounts that a helper which ended could not take away
 }
 
 // Run is the daemon. It serves until ctx ends, and then unmounts everything, ends its helper and returns nil. It
@@ -147,7 +148,8 @@ func (d *daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *
 	}
 	endControl()
 	channels.Wait()
-	d.wg.Wait() // last: until here somebody may add to it
+	d.wg.Wait() // until here somebody may add to it
+	d.detachStale()
 	if d.c.Pidfile != "" {
 		if b, err := os.ReadFile(d.c.Pidfile); err == nil && string(b) == strconv.Itoa(os.Getpid())+"\n" {
 			os.Remove(d.c.Pidfile) // if it stays, the pid in it is of no process
@@ -157,6 +159,26 @@ func (d *daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *
 		return err
 	}
 	return nil
+}
+
+// detachStale has a new helper take away what the one that ended left. Nobody serves these mounts any more, so nothing waits.
+func (d *daemon) detachStale() {
+	if len(d.stale) == 0 {
+		return
+	}
+	h, err := startHelper(d.roots, d.c.Fusermount, func(s string) { d.log.Warn(s) }, func() {})
+	if err != nil {
+		d.log.Error("mounts are left: unmount them by umount -l", "dirs", d.stale, "error", err)
+		return
+	}
+	defer h.end()
+	ctx, cancel := context.WithTimeout(context.Background(), unmountTime)
+	defer cancel()
+	for _, dir := range d.stale {
+		if _, err := h.call(ctx, call{Op: opStale, Dir: dir}); err != nil {
+			d.log.Error("detach", "dir", dir, "error", err)
+		}
+	}
 }
 
 // keepAll keeps the configured mounts. When none of them can be made and nobody can ask for others, the daemon ends.
@@ -179,7 +201,7 @@ func (d *daemon) keepAll(ctx context.Context, cancel context.CancelCauseFunc, wg
 				cancel(err)
 				return
 			}
-			d.log.Error(err.Error())
+			d.log.Warn(err.Error())
 		})
 	}
 }

@@ -29,10 +29,11 @@ const (
 	opUnmount = "unmount" // Key, Force
 	opForget  = "forget"  // Key: it is unmounted
 	opSuit    = "suit"    // Paths, Export; answers with Paths
+	opStale   = "stale"   // Dir: take away what a helper before this one left there
 	opEvents1 = "events1" // and the connection
 	opThread  = "thread"  // answers with Thread
-	opEvents2 = "events2" // Thread, and the connection, or none if it failed
-	opNotify  = "notify"  // Key, Dir, and the connection and the device
+	opEvents2 = "events2" // Thread, and the connection, or none if it failed; answers when the channel has ended
+	opNotify  = "notify"  // Key, Dir, and the connection and the device; answers when the channel has ended
 )
 
 // call is what the daemon asks of the helper.
@@ -148,6 +149,14 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 				m.notify.Close() // it holds the device
 			}
 		}
+	case opStale:
+		// Preparing a point detaches a dead mount that is there.
+		var target *os.File
+		var p *point
+		if p, target, err = preparePoint(q.Dir, h.roots); err == nil {
+			target.Close()
+			p.close()
+		}
 	case opSuit:
 		for _, p := range q.Paths {
 			if suits(p, q.Export) {
@@ -172,7 +181,7 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 		h.mu.Unlock()
 		switch {
 		case a != nil && len(files) == 1:
-			go h.serveEvents2(a, transport.NewConn(files[0], transport.Peer{}))
+			h.serveEvents2(a, transport.NewConn(files[0], transport.Peer{}))
 		case a != nil:
 			h.endActor(a)
 		}
@@ -189,7 +198,7 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 			files[1].Close()
 			break
 		}
-		go h.serveNotify(q.Dir, conn, files[1])
+		h.serveNotify(q.Dir, conn, files[1])
 	default:
 		err = fmt.Errorf("operation %q: %w", q.Op, unix.ENOSYS)
 	}

@@ -106,14 +106,22 @@ func (h *helper) receive() {
 	_ = h.proc.Wait()
 }
 
-// call asks the helper and waits for the answer, or until ctx ends. Files are duplicated, the caller keeps its own;
-// the file of the answer is the caller's.
-func (h *helper) call(ctx context.Context, q call, files ...*os.File) (answer, error) {
+// call asks the helper and waits for the answer, or until ctx ends. The file of the answer is the caller's.
+func (h *helper) call(ctx context.Context, q call) (answer, error) {
+	id, waiting, err := h.start(q)
+	if err != nil {
+		return answer{}, err
+	}
+	return h.wait(ctx, q.Op, id, waiting)
+}
+
+// start asks the helper; wait is for the answer. Files are duplicated, the caller keeps its own.
+func (h *helper) start(q call, files ...*os.File) (id uint64, answers chan answer, err error) {
 	waiting := make(chan answer, 1)
 	h.mu.Lock()
 	if h.calls == nil {
 		h.mu.Unlock()
-		return answer{}, errHelperEnded
+		return 0, nil, errHelperEnded
 	}
 	h.last++
 	q.ID = h.last
@@ -121,8 +129,12 @@ func (h *helper) call(ctx context.Context, q call, files ...*os.File) (answer, e
 	h.mu.Unlock()
 	if err := h.proc.Send(q, files...); err != nil {
 		h.forget(q.ID, waiting)
-		return answer{}, fmt.Errorf("%w: %w", errHelperEnded, err)
+		return 0, nil, fmt.Errorf("%w: %w", errHelperEnded, err)
 	}
+	return q.ID, waiting, nil
+}
+
+func (h *helper) wait(ctx context.Context, op string, id uint64, waiting chan answer) (answer, error) {
 	select {
 	case a, ok := <-waiting:
 		switch {
@@ -133,8 +145,8 @@ func (h *helper) call(ctx context.Context, q call, files ...*os.File) (answer, e
 		}
 		return a, nil
 	case <-ctx.Done():
-		h.forget(q.ID, waiting)
-		return answer{}, fmt.Errorf("%s: %w", q.Op, context.Cause(ctx))
+		h.forget(id, waiting)
+		return answer{}, fmt.Errorf("%s: %w", op, context.Cause(ctx))
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -40,6 +41,7 @@ type v2host struct {
 	// refuse answers Init, if set.
 	refuse *wire.Refused
 	token  string
+	busy   atomic.Int32 // so many mounts are answered by EAGAIN
 }
 
 func startV2(t *testing.T, change func(*Config, *v2host)) *v2host {

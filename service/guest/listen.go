@@ -178,7 +178,7 @@ func (d *daemon) mount1(ctx context.Context, conn *transport.Conn, args []byte) 
 		return err
 	}
 	d.wg.Go(func() {
-		if err := d.notify1(ctx, m); err != nil && ctx.Err() == nil {
+		if err := d.notify1(m.ctx, m); err != nil && m.ctx.Err() == nil {
 			d.log.Warn("notify channel", "dir", m.dir, "error", err)
 		}
 	})

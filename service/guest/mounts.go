@@ -28,6 +28,8 @@ type mount struct {
 	wireID  uint32
 	version uint16
 	pump    *Pump
+	ctx     context.Context // ends with the pump
+	cancel  context.CancelFunc
 	why     wire.Reason   // guarded by daemon.mu: why it was unmounted, if we did it
 	ended   chan struct{} // closed when nothing is left of it
 	err     error         // what its pump returned; before ended is closed
@@ -78,6 +80,7 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 		d.gone()
 		return nil, err
 	}
+	m.ctx, m.cancel = context.WithCancel(d.ctx)
 	d.mu.Lock()
 	d.mounts[m.key] = m
 	ending := d.ending
@@ -86,7 +89,10 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 		defer d.gone()
 		d.run(m)
 	}()
-	log.Info("mounted", "tag", m.tag)
+	if m.tag != "" {
+		log = log.With("tag", m.tag)
+	}
+	log.Info("mounted")
 	if ending {
 		d.unmount(m, wire.ReasonShutdown)
 		return nil, errEnding
@@ -117,6 +123,12 @@ func (d *daemon) detach(m *mount) {
 	ctx, cancel := context.WithTimeout(context.Background(), unmountTime)
 	defer cancel()
 	if _, err := d.helper.call(ctx, call{Op: opUnmount, Key: m.key, Force: true}); err != nil {
+		if errors.Is(err, errHelperEnded) {
+			d.mu.Lock()
+			d.stale = append(d.stale, m.dir) // for another helper
+			d.mu.Unlock()
+			return
+		}
 		d.log.Error("detach", "dir", m.dir, "error", err)
 	}
 	// Forgetting can't fail but with the helper.
@@ -128,6 +140,7 @@ var errEnding = errors.New("the daemon is ending")
 // run pumps until the mount ends, and cleans up after it.
 func (d *daemon) run(m *mount) {
 	err := m.pump.Run()
+	m.cancel()
 	if errors.Is(err, os.ErrClosed) {
 		err = nil // by unmount, below
 	}
@@ -142,10 +155,11 @@ func (d *daemon) run(m *mount) {
 	text := ""
 	if err != nil {
 		reason, text = wire.ReasonStreamLost, err.Error()
+		level := slog.LevelWarn // a host that ends does that too
 		if errors.Is(err, ErrProtocol) {
-			reason = wire.ReasonProtocol
+			reason, level = wire.ReasonProtocol, slog.LevelError
 		}
-		d.log.Error(fmt.Sprintf("%s: the mount ended: %s", m.dir, err))
+		d.log.Log(context.Background(), level, fmt.Sprintf("%s: the mount ended: %s", m.dir, err))
 	} else {
 		d.log.Info("unmounted", "dir", m.dir)
 	}
@@ -164,7 +178,7 @@ func (d *daemon) unmount(m *mount, reason wire.Reason) error {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), unmountTime, errors.New("the host does not answer"))
 	defer cancel()
 	_, err := d.helper.call(ctx, call{Op: opUnmount, Key: m.key})
-	if err != nil {
+	if err != nil && !errors.Is(err, errHelperEnded) {
 		d.log.Warn(fmt.Sprintf("unmount %s: %s: by force now", m.dir, err))
 	}
 	// Who still uses a detached mount gets an error.
@@ -200,7 +214,11 @@ func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o Mou
 		return nil, fmt.Errorf("mount %s: %w: %T instead of MountReply", spec.Tag, wire.ErrProtocol, reply)
 	}
 	if r.Errno != 0 {
-		return nil, &permanentError{fmt.Errorf("mount %s: the host refuses: %s: %w", spec.Tag, r.Text, r.Errno)}
+		err := fmt.Errorf("mount %s: the host refuses: %s: %w", spec.Tag, r.Text, r.Errno)
+		if r.Errno == unix.EAGAIN {
+			return nil, err // too much at once
+		}
+		return nil, &permanentError{err}
 	}
 	failed := func(err error) error {
 		c.send(&wire.Unmounted{MountID: r.MountID, Reason: wire.ReasonFailed, Text: err.Error()})
@@ -227,15 +245,7 @@ func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o Mou
 		}
 		return nil, failed(err)
 	}
-	d.wg.Go(func() {
-		conn, err := d.open(d.ctx, &wire.NotifyOpen2{SessionID: d.session, Token: d.c.Token, MountID: m.wireID})
-		if err == nil {
-			err = d.passNotify(d.ctx, m, conn)
-		}
-		if err != nil && d.ctx.Err() == nil && !errors.Is(err, os.ErrClosed) {
-			d.log.Debug("notify channel", "dir", m.dir, "error", err)
-		}
-	})
+	d.wg.Go(func() { d.keepNotify(m) })
 	return m, nil
 }
 
@@ -301,7 +311,7 @@ func (d *daemon) mountAsked(ctx context.Context, c *control, q *wire.MountAsk) {
 		m, err = d.request2(ctx, c, spec, o)
 	}
 	if err != nil {
-		d.log.Error(fmt.Sprintf("the host asks for a mount of %s at %s: %s", q.Tag, q.Dir, err))
+		d.log.Warn(fmt.Sprintf("the host asks for a mount of %s at %s: %s", q.Tag, q.Dir, err))
 		c.send(&wire.MountResult{ID: q.ID, Errno: errnoFor(err), Text: err.Error()})
 		return
 	}

@@ -12,7 +12,8 @@ import (
 )
 
 // relay is a slog.Handler that also sends what it logs to the host, while the control channel is up. The local log has
-// everything: a host's log may not be seen from here.
+// everything: a host's log may not be seen from here. A host of version 2 gets no notices: it knows itself who connects and what is
+// mounted.
 type relay struct {
 	slog.Handler
 	attrs string
@@ -20,7 +21,7 @@ type relay struct {
 }
 
 func (r *relay) Handle(ctx context.Context, rec slog.Record) error {
-	if c := r.to.Load(); c != nil && rec.Level >= slog.LevelInfo {
+	if c := r.to.Load(); c != nil && (rec.Level >= slog.LevelWarn || rec.Level >= slog.LevelInfo && c.version < wire.Version2) {
 		var text strings.Builder
 		text.WriteString(rec.Message)
 		text.WriteString(r.attrs)
