@@ -47,7 +47,11 @@ func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 	if err := c.send(ss.answer()); err != nil {
 		ss.log.Warn("control channel lost", "error", err)
 	} else if ss.attach(c) {
-		ss.log.Info("guest connected", "version", ss.version, "software", quote(init.Software), "kernel", quote(init.Kernel))
+		about := []any{"version", ss.version}
+		if ss.version >= wire.Version2 {
+			about = append(about, "software", quote(init.Software), "kernel", quote(init.Kernel))
+		}
+		ss.log.Info("guest connected", about...)
 		ss.alive()
 		ss.spawn(func() { ss.watch(ctx, c) })
 		for _, g := range ss.guests() {
@@ -278,7 +282,7 @@ func (ss *session) relayLog(text string, isError bool) {
 	}
 	attrs := append([]any{"text", quote(strings.TrimRight(text, "\n"))}, droppedAttr(dropped)...)
 	if isError {
-		ss.log.Error("from the guest", attrs...)
+		ss.log.Warn("from the guest", attrs...) // an error is the host's own
 	} else {
 		ss.log.Info("from the guest", attrs...)
 	}

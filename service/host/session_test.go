@@ -159,7 +159,7 @@ func TestGuestsLog(t *testing.T) {
 	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}})
 	g := newGuest(t, h.addr, 1).connect()
 	send(t, g.c, &wire.LogError{Text: "bad\nlevel=INFO msg=\"forged\" \x1b[31m"})
-	line := h.logs.wait("from the guest", "level=ERROR")
+	line := h.logs.wait("from the guest", "level=WARN")
 	if strings.Contains(line, "\x1b") || strings.Contains(line, "\nlevel") || !strings.Contains(line, "guest=") {
 		t.Errorf("log line %q", line)
 	}

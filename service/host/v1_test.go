@@ -185,7 +185,7 @@ func TestVersion1(t *testing.T) {
 
 	// Its log, and what cannot be understood of version 2.
 	g.write(g.c, "\x0b\x00\x00\x00\x01\x00error")
-	h.logs.wait("level=ERROR", "from the guest", "error")
+	h.logs.wait("level=WARN", "from the guest", "error")
 	g.write(g.c, "\x0c\x00\x00\x00\x02\x00notice")
 	h.logs.wait("level=INFO", "from the guest", "notice")
 
