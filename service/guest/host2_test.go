@@ -147,8 +147,10 @@ func (h *v2host) serve(c net.Conn) {
 			h.mu.Unlock()
 			wire.Write(c, &wire.Init{Version: 2, MinVersion: 1, MaxMessage: wire.MaxControl, SessionID: m.SessionID})
 		case *wire.MountRequest:
-			switch m.Tag {
-			case "code":
+			switch {
+			case h.busy.Add(-1) >= 0:
+				wire.Write(c, &wire.MountReply{ID: m.ID, Errno: unix.EAGAIN, Text: "later"})
+			case m.Tag == "code":
 				wire.Write(c, &wire.MountReply{ID: m.ID, MountID: 7, Streams: 1, MaxWrite: 1 << 17, Source: "code"})
 			default:
 				wire.Write(c, &wire.MountReply{ID: m.ID, Errno: unix.ENOENT, Text: "no export " + m.Tag})
@@ -273,6 +275,13 @@ func TestV2MountAskRefused(t *testing.T) {
 			t.Errorf("%s: %v (%s), want %v", tt.name, m.Errno, m.Text, tt.want)
 		}
 	}
+}
+
+// A host that has too much to do at first is asked again.
+func TestV2BusyHost(t *testing.T) {
+	fstest.Leaks(t)
+	h := startV2(t, func(_ *Config, h *v2host) { h.busy.Store(1) })
+	expect[*wire.NotifyOpen2](h)
 }
 
 // A host that goes takes the mount with it; when it is back, so is the mount.
