@@ -105,6 +105,7 @@ func (ss *session) attach(c *control) bool {
 		ss.control.Close()
 	}
 	ss.control = c
+	clear(ss.untold) // who waited did so with the channel before
 	return true
 }
 

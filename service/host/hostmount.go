@@ -54,7 +54,7 @@ func (ss *session) keep(ctx context.Context, c *control, g Guest, gm GuestMount)
 				return
 			case <-m.done:
 			}
-			stood, wish := ss.ending(m)
+			stood, wish := ss.ending(ctx, m)
 			if ctx.Err() == nil && wish {
 				log.Info("unmounted by the guest: not asked for again until it connects anew")
 				return
@@ -81,9 +81,20 @@ func (ss *session) keep(ctx context.Context, c *control, g Guest, gm GuestMount)
 // ending says whether a mount that ended had stood, and whether the guest
 // unmounted it on purpose. In version 1 nothing else ends one that stood while
 // the control channel lives.
-func (ss *session) ending(m *mount) (stood, wish bool) {
+func (ss *session) ending(ctx context.Context, m *mount) (stood, wish bool) {
+	if ss.version >= wire.Version2 {
+		// The stream's end and the guest's word come by different ways.
+		t := time.NewTimer(ss.srv.times.answer)
+		defer t.Stop()
+		select {
+		case <-m.told:
+		case <-ctx.Done():
+		case <-t.C:
+		}
+	}
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
+	delete(ss.untold, m.id)
 	if ss.version < wire.Version2 {
 		return m.stood, m.stood
 	}
@@ -141,7 +152,8 @@ func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMou
 	e := ss.srv.byTag(gm.Tag)
 	id, answer := ss.expect()
 	defer ss.forget(id)
-	if err := c.send(&wire.SuitabilityRequest{ID: uint16(id), Paths: []string{gm.Dir}}); err != nil {
+	// As for an export, which an empty directory suits too: there is one after the first mount.
+	if err := c.send(&wire.SuitabilityRequest{Export: true, ID: uint16(id), Paths: []string{gm.Dir}}); err != nil {
 		return nil, err
 	}
 	a, err := await(ctx, answer, ss.srv.times.answer)
@@ -151,7 +163,7 @@ func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMou
 	switch a := a.(type) {
 	case *wire.SuitabilityReply:
 		if !slices.Contains(a.Paths, gm.Dir) {
-			return nil, fmt.Errorf("%s does not suit: it exists in the guest; remove it there, or choose another directory", gm.Dir)
+			return nil, fmt.Errorf("%s does not suit: it is there in the guest and not an empty directory; empty it, or choose another", gm.Dir)
 		}
 	case *wire.ErrorReply:
 		return nil, fmt.Errorf("the guest refused: %s", a.Text)

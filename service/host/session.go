@@ -48,6 +48,7 @@ type session struct {
 	worker  *workerProc
 	control *control // nil while it is lost
 	mounts  map[uint32]*mount
+	untold  map[uint32]*mount            // that the host asked for and that ended, until the guest says why
 	next    uint32                       // MountID, or ID of a question to the guest, used last
 	waiting map[uint32]chan wire.Message // for answers of the guest, by ID
 	events  *transport.Conn
@@ -59,6 +60,7 @@ type mount struct {
 	export *Export
 	dir    string // in the guest
 	done   chan struct{}
+	told   chan struct{} // closed when the guest has said why it ended
 
 	// Guarded by the session's mu.
 	asked   bool        // by the host
@@ -75,7 +77,7 @@ func newSession(ctx context.Context, s *server, p transport.Peer, m *wire.Init) 
 	ss := &session{
 		srv: s, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, socket: m.Socket, write: maxWrite,
 		start: time.Now(), busy: make(chan struct{}, maxRequests),
-		mounts: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
+		mounts: map[uint32]*mount{}, untold: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
 	}
 	ss.quota = s.quotaOf(ss.who)
 	ss.log = slog.New(limitedHandler{s.log.Handler(), ss.quota.own}).With("guest", p.String())
@@ -220,7 +222,7 @@ func (ss *session) addMount(e *Export, dir string) (*mount, error) {
 	if ok, _ := ss.quota.mounts.allow(time.Now()); !ok {
 		return nil, fmt.Errorf("%w: too many mounts at once: wait a little", unix.EAGAIN)
 	}
-	m := &mount{export: e, dir: dir, done: make(chan struct{})}
+	m := &mount{export: e, dir: dir, done: make(chan struct{}), told: make(chan struct{})}
 	ss.mu.Lock()
 	if len(ss.mounts) >= maxMounts {
 		ss.mu.Unlock()
@@ -312,6 +314,9 @@ func (ss *session) endLocked(m *mount) {
 	m.timeout.Stop()
 	if m.notify != nil {
 		m.notify.Close()
+	}
+	if m.asked && m.reason == 0 && ss.control != nil {
+		ss.untold[m.id] = m
 	}
 	close(m.done)
 }
@@ -437,9 +442,10 @@ func (ss *session) openEvents(c *transport.Conn, o *wire.EventOpen) error {
 // unmounted notes that the guest has unmounted.
 func (ss *session) unmounted(u *wire.Unmounted) {
 	ss.mu.Lock()
-	m := ss.mounts[u.MountID]
-	if m != nil {
+	m := cmp.Or(ss.mounts[u.MountID], ss.untold[u.MountID])
+	if m != nil && m.reason == 0 {
 		m.reason = cmp.Or(u.Reason, wire.ReasonAsked)
+		close(m.told)
 	}
 	ss.mu.Unlock()
 	if m != nil {

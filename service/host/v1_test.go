@@ -102,14 +102,14 @@ func (g *guestV1) connect() {
 // suit answers the question whether dir suits, with yes or with nothing.
 func (g *guestV1) suit(dir string, yes bool) {
 	g.t.Helper()
-	// u32 length, u16 type 1, u16 id, then u16 n, n bytes, NUL.
+	// u32 length, u16 type 2, u16 id, then u16 n, n bytes, NUL.
 	var head [8]byte
 	if _, err := io.ReadFull(g.c, head[:]); err != nil {
 		g.t.Fatal(err)
 	}
 	paths := string(binary.LittleEndian.AppendUint16(nil, uint16(len(dir)))) + dir + "\x00"
 	id := string(head[6:])
-	want := string(binary.LittleEndian.AppendUint32(nil, uint32(8+len(paths)))) + "\x01\x00" + id
+	want := string(binary.LittleEndian.AppendUint32(nil, uint32(8+len(paths)))) + "\x02\x00" + id
 	if string(head[:]) != want {
 		g.t.Fatalf("got %q, want %q", head, want)
 	}
