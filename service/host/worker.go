@@ -110,8 +110,14 @@ func (w *worker) run() error {
 	for {
 		var o order
 		files, err := w.conn.Recv(&o)
+		var r report
+		switch {
+		case err == nil:
+			r = w.obey(&o, files)
+		case errors.Is(err, ipc.ErrNoRoom): // the guest has them all open
+			r.Errno, r.Text, err = unix.EMFILE, err.Error(), nil
+		}
 		if err == nil {
-			r := w.obey(&o, files)
 			r.ID = o.ID
 			err = w.conn.Send(r)
 		}

@@ -103,10 +103,15 @@ func (c *Conn) Send(v any, files ...*os.File) error {
 	return os.NewSyscallError("sendmsg", serr)
 }
 
+// ErrNoRoom says that a message was received without its files: this process
+// has no descriptor left for them.
+var ErrNoRoom = fmt.Errorf("ipc: the files of a message: %w", unix.EMFILE)
+
 // Recv waits for the next message and decodes it into v. The files that came
 // with it are the caller's, close-on-exec. It returns io.EOF when the peer
-// has ended, and an error with no files when a message is cut or is no JSON
-// for v: then the connection is of no further use.
+// has ended, ErrNoRoom when v alone could be received, and an error with no
+// files when a message is cut or is no JSON for v: then the connection is of
+// no further use.
 func (c *Conn) Recv(v any) ([]*os.File, error) {
 	c.recvMu.Lock()
 	defer c.recvMu.Unlock()
@@ -129,7 +134,7 @@ func (c *Conn) Recv(v any) ([]*os.File, error) {
 		return nil, os.NewSyscallError("recvmsg", rerr)
 	}
 	files, err := received(c.oob[:oobn])
-	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+	if err == nil && flags&unix.MSG_TRUNC != 0 {
 		err = errors.New("ipc: message cut: it is over the limit")
 	}
 	if err == nil && n == 0 {
@@ -137,6 +142,9 @@ func (c *Conn) Recv(v any) ([]*os.File, error) {
 	}
 	if err == nil {
 		err = json.Unmarshal(c.buf[:n], v)
+	}
+	if err == nil && flags&unix.MSG_CTRUNC != 0 {
+		err = ErrNoRoom
 	}
 	if err != nil {
 		for _, f := range files {
