@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package e2e tests the two programs together, as they are built and started by a user: transfuse-host and transfused
+// over Unix sockets, the kernel's FUSE between them. It has no code but its tests.
+//
+// Decisions:
+//   - The programs are built without cgo, as for release: with it a host could not confine its workers.
+//   - A test's mount is looked at by no goroutine that serves it: both ends are other processes.
+//   - Mounts and log lines are waited for, never slept for.
+//   - After each test there is no process of the programs, no mount, no socket, and both ended with 0.
+//   - The suites run on each kind of mount that differs in what it can: who mounts, who serves, which protocol.
+//   - POSIX in full is fstest's matter on a mount of version 2; others run it with a smaller large directory.
+package e2e
