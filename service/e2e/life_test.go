@@ -224,3 +224,39 @@ func TestDaemonKilled(t *testing.T) {
 	r.mounted(r.mnt)
 	again.stop(unix.SIGTERM)
 }
+
+// What is ordinary is logged once and not as an error, and nothing of it twice at the host.
+func TestLog(t *testing.T) {
+	r := newRig(t, 0)
+	guest := r.guest("--mount", "code="+r.mnt, "--mount", "nothing="+r.mnt+"2")
+	guest.await("waiting for the host")
+	first := r.host("")
+	guest.await("no export nothing for this guest, there are code: no such file or directory")
+	r.mounted(r.mnt)
+	first.stop(unix.SIGINT)
+	r.unmounted(r.mnt)
+	guest.awaitTimes("waiting for the host", 2)
+	second := r.host("")
+	r.mounted(r.mnt)
+	second.await("msg=mounted")
+	guest.stop(unix.SIGTERM)
+	second.await("session ended")
+	second.stop(unix.SIGTERM)
+	for _, p := range []*program{guest, first, second} {
+		for _, noise := range []string{"level=ERROR", "context canceled", "file descriptor", "pollable", `\"`, `=""`, "from the guest"} {
+			if strings.Contains(p.text(), noise) {
+				t.Errorf("%s logs %q", p.name, noise)
+			}
+		}
+	}
+	for text, n := range map[string]int{"waiting for the host": 2, "msg=mounted": 2, "the mount ended": 1, "msg=unmounted": 1, "no export nothing": 1, "channel": 1} {
+		if got := strings.Count(guest.text(), text); got != n {
+			t.Errorf("the guest logs %q %d times, want %d", text, got, n)
+		}
+	}
+	for text, n := range map[string]int{"listening": 1, "guest connected": 1, "msg=mounted": 1, "mount refused": 1, "session ended": 1} {
+		if got := strings.Count(first.text(), text); got != n {
+			t.Errorf("the host logs %q %d times, want %d", text, got, n)
+		}
+	}
+}

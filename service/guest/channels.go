@@ -51,7 +51,7 @@ const channelStands = 10 * time.Second
 // mount goes on, and misses what the host would tell.
 func keepChannel(ctx context.Context, log *slog.Logger, what string, serve func() error) {
 	var b backoff
-	said := ""
+	var last said
 	for {
 		began := time.Now()
 		err := serve()
@@ -64,7 +64,7 @@ func keepChannel(ctx context.Context, log *slog.Logger, what string, serve func(
 		}
 		if time.Since(began) > channelStands {
 			b.reset()
-			said = ""
+			last.reset()
 		}
 		// The end of all channels is that of the mount or the host: the wait tells it from this one's.
 		if !b.wait(ctx) {
@@ -74,9 +74,8 @@ func keepChannel(ctx context.Context, log *slog.Logger, what string, serve func(
 		if err != nil {
 			reason = err.Error()
 		}
-		if reason != said {
+		if !last.again(reason) {
 			log.Warn("the "+what+" is lost: dialling again", "reason", reason)
-			said = reason
 		}
 	}
 }

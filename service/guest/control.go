@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
 	"transfused.org/transfused/service/transport"
@@ -190,7 +193,7 @@ func (d *daemon) connect2(ctx context.Context) (*control, error) {
 			err = fmt.Errorf("%w: the host chose version %d, which was not offered", wire.ErrProtocol, m.Version)
 		}
 	case *wire.Refused:
-		err = fmt.Errorf("refused: %s: %w", m.Text, m.Errno)
+		err = fmt.Errorf("refused: %w", &refusal{m.Errno, m.Text})
 	case nil:
 		if !errors.Is(err, wire.ErrProtocol) {
 			err = fmt.Errorf("%w: %w", errMaybeV1, err)
@@ -217,7 +220,7 @@ func (d *daemon) connect1(ctx context.Context) (*control, error) {
 	case nil:
 		return nil, err
 	case *wire.Refused:
-		return nil, fmt.Errorf("refused: %s: %w", m.Text, m.Errno)
+		return nil, fmt.Errorf("refused: %w", &refusal{m.Errno, m.Text})
 	default:
 		return nil, fmt.Errorf("%w: %T instead of Init", wire.ErrProtocol, m)
 	}
@@ -257,9 +260,9 @@ func (d *daemon) open(ctx context.Context, m wire.Message) (*transport.Conn, err
 		if r.Errno == 0 {
 			return conn, nil
 		}
-		err = fmt.Errorf("%s: %w", r.Text, r.Errno)
+		err = &refusal{r.Errno, r.Text}
 	case *wire.Refused:
-		err = fmt.Errorf("refused: %s: %w", r.Text, r.Errno)
+		err = fmt.Errorf("refused: %w", &refusal{r.Errno, r.Text})
 	case nil:
 	default:
 		err = fmt.Errorf("%w: %T instead of OpenReply", wire.ErrProtocol, reply)
@@ -267,6 +270,15 @@ func (d *daemon) open(ctx context.Context, m wire.Message) (*transport.Conn, err
 	conn.Close()
 	return nil, err
 }
+
+// refusal is an answer of the host, in its own words. The host has logged it.
+type refusal struct {
+	errno unix.Errno
+	text  string
+}
+
+func (r *refusal) Error() string { return cmp.Or(r.text, r.errno.Error()) }
+func (r *refusal) Unwrap() error { return r.errno }
 
 // backoff is the time before the next try: 0.1 s to 5 s, with jitter, so that many guests of one host do not come at
 // once.
@@ -290,12 +302,11 @@ func (b *backoff) wait(ctx context.Context) bool {
 // controlLoop keeps the control channel up until ctx ends.
 func (d *daemon) controlLoop(ctx context.Context) {
 	var b backoff
-	said := ""
+	var last said
 	for ctx.Err() == nil {
 		c, err := d.connect(ctx)
 		if err != nil {
-			if ctx.Err() == nil && err.Error() != said {
-				said = err.Error()
+			if ctx.Err() == nil && !last.again(err.Error()) {
 				d.log.Warn(fmt.Sprintf("waiting for the host at %s: %s", d.c.Server, err))
 			}
 			if !b.wait(ctx) {
@@ -303,7 +314,7 @@ func (d *daemon) controlLoop(ctx context.Context) {
 			}
 			continue
 		}
-		said = ""
+		last.reset()
 		b.reset()
 		err = d.session1(ctx, c)
 		if ctx.Err() == nil {
@@ -365,7 +376,7 @@ func (d *daemon) readControl(ctx context.Context, c *control, wg *sync.WaitGroup
 		case *wire.UnmountAsk:
 			d.limited(wg, func() { d.unmountAsked(ctx, c, m) })
 		case *wire.Refused:
-			return fmt.Errorf("the host refuses: %s: %w", m.Text, m.Errno)
+			return fmt.Errorf("the host says: %w", &refusal{m.Errno, m.Text})
 		case *wire.Alive, *wire.ExportsReply:
 			// Answers to what is not asked: harmless.
 		default:

@@ -201,9 +201,18 @@ func (d *daemon) keepAll(ctx context.Context, cancel context.CancelCauseFunc, wg
 				cancel(err)
 				return
 			}
-			d.log.Warn(err.Error())
+			d.warn(err)
 		})
 	}
+}
+
+// warn logs err. What the host itself said it does not hear again.
+func (d *daemon) warn(err error) {
+	log := d.log
+	if errors.As(err, new(*refusal)) {
+		log = d.c.Log
+	}
+	log.Warn(err.Error())
 }
 
 // up makes c the control channel, and tells who waits for one.

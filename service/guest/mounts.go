@@ -214,7 +214,7 @@ func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o Mou
 		return nil, fmt.Errorf("mount %s: %w: %T instead of MountReply", spec.Tag, wire.ErrProtocol, reply)
 	}
 	if r.Errno != 0 {
-		err := fmt.Errorf("mount %s: the host refuses: %s: %w", spec.Tag, r.Text, r.Errno)
+		err := fmt.Errorf("mount %s: the host refuses: %w", spec.Tag, &refusal{r.Errno, r.Text})
 		if r.Errno == unix.EAGAIN {
 			return nil, err // too much at once
 		}
@@ -263,7 +263,8 @@ func (d *daemon) keepMounted(ctx context.Context, spec MountSpec) error {
 		return err
 	}
 	var b backoff
-	said, once := "", false
+	var last said
+	once := false
 	for {
 		c := d.waitControl(ctx)
 		if c == nil {
@@ -274,7 +275,8 @@ func (d *daemon) keepMounted(ctx context.Context, spec MountSpec) error {
 		}
 		m, err := d.request2(ctx, c, spec, o)
 		if err == nil {
-			said, once = "", true
+			last.reset()
+			once = true
 			b.reset()
 			<-m.ended
 			if m.err == nil {
@@ -285,9 +287,8 @@ func (d *daemon) keepMounted(ctx context.Context, spec MountSpec) error {
 			if errors.As(err, &p) && !once {
 				return err
 			}
-			if err.Error() != said {
-				said = err.Error()
-				d.log.Warn(fmt.Sprintf("%s: trying again", err))
+			if !last.again(err.Error()) {
+				d.warn(fmt.Errorf("%w: trying again", err))
 			}
 		}
 		if !b.wait(ctx) {
@@ -311,7 +312,7 @@ func (d *daemon) mountAsked(ctx context.Context, c *control, q *wire.MountAsk) {
 		m, err = d.request2(ctx, c, spec, o)
 	}
 	if err != nil {
-		d.log.Warn(fmt.Sprintf("the host asks for a mount of %s at %s: %s", q.Tag, q.Dir, err))
+		d.warn(fmt.Errorf("the host asks for a mount of %s at %s: %w", q.Tag, q.Dir, err))
 		c.send(&wire.MountResult{ID: q.ID, Errno: errnoFor(err), Text: err.Error()})
 		return
 	}

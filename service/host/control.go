@@ -3,6 +3,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -242,7 +243,7 @@ func (ss *session) tryMount(r *wire.MountRequest) (*mount, error) {
 		for _, x := range ss.srv.visible(ss.peer) {
 			tags = append(tags, x.Tag)
 		}
-		return nil, fmt.Errorf("%w: no export %q for this guest: there are %s", unix.ENOENT, r.Tag, strings.Join(tags, ", "))
+		return nil, fmt.Errorf("no export %s for this guest, there are %s: %w", quote(r.Tag), cmp.Or(strings.Join(tags, ", "), "none"), unix.ENOENT)
 	}
 	for _, o := range r.Options {
 		switch o {

@@ -67,9 +67,9 @@ func (ss *session) keep(ctx context.Context, c *control, g Guest, gm GuestMount)
 		if ctx.Err() != nil || errors.Is(err, errOtherGuest) {
 			return
 		}
-		if text := err.Error(); text != last {
+		if text := err.Error(); withoutNumbers(text) != last {
 			log.Warn("no mount at the guest: trying again", "reason", quote(text))
-			last = text
+			last = withoutNumbers(text)
 		}
 		if !pause(ctx, wait) {
 			return

@@ -46,6 +46,68 @@ func (l *limiter) allow(now time.Time) (ok bool, dropped int) {
 	return true, dropped
 }
 
+// toldAgain is when a cause that goes on is logged once more: a guest that is refused dials again every few seconds.
+const toldAgain = 10 * time.Minute
+
+// maxCauses bounds what is remembered of causes.
+const maxCauses = 256
+
+// refusals bounds the log of refused connections: a line for each cause, and in all what a limiter allows.
+type refusals struct {
+	limit *limiter
+	again time.Duration // toldAgain, but for tests
+
+	mu   sync.Mutex // guards the rest
+	told map[cause]*telling
+}
+
+// cause is who is refused and why, without the numbers in the text: ports and process ids change each time.
+type cause struct {
+	who  identity
+	text string
+}
+
+type telling struct {
+	at      time.Time
+	dropped int
+}
+
+func newRefusals() *refusals {
+	return &refusals{limit: newLimiter(20, 1), again: toldAgain, told: map[cause]*telling{}}
+}
+
+// allow says whether to log that who is refused for err, and how many such lines were left out before.
+func (r *refusals) allow(who identity, err error, now time.Time) (ok bool, dropped int) {
+	c := cause{who, withoutNumbers(err.Error())}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	t := r.told[c]
+	if t != nil && now.Sub(t.at) < r.again {
+		t.dropped++
+		return false, 0
+	}
+	if ok, dropped = r.limit.allow(now); !ok {
+		return false, 0
+	}
+	if t != nil {
+		dropped += t.dropped
+	}
+	if len(r.told) == maxCauses {
+		clear(r.told)
+	}
+	r.told[c] = &telling{at: now}
+	return true, dropped
+}
+
+func withoutNumbers(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsDigit(r) {
+			return -1
+		}
+		return r
+	}, s)
+}
+
 // limitedHandler limits what a guest can cause in the log, but for errors,
 // which are the host's own.
 type limitedHandler struct {

@@ -26,7 +26,7 @@ type server struct {
 	log      *slog.Logger
 	software string
 	times    times
-	refused  *limiter
+	refused  *refusals
 	gate     *gate
 	// strangers are behind a gate of their own: a guest's ordinary processes must not keep its root out.
 	strangers *gate
@@ -97,7 +97,7 @@ func newServer(c Config) *server {
 		log = slog.New(slog.DiscardHandler)
 	}
 	s := &server{
-		log: log, software: c.Software, times: defaultTimes, refused: newLimiter(20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
+		log: log, software: c.Software, times: defaultTimes, refused: newRefusals(), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
 		limits:   confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
 		sessions: map[*session]bool{}, quotas: map[identity]quota{},
 		policy: policy{
@@ -205,7 +205,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 
 // refuse logs why a connection is not served.
 func (s *server) refuse(p transport.Peer, err error) {
-	if ok, dropped := s.refused.allow(time.Now()); ok {
+	if ok, dropped := s.refused.allow(identify(p), err, time.Now()); ok {
 		s.log.Warn("connection refused", append([]any{"peer", p.String(), "address", p.Local.String(), "reason", err}, droppedAttr(dropped)...)...)
 	}
 }
