@@ -3,20 +3,16 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"slices"
-	"strings"
 
-	"github.com/BurntSushi/toml"
 	"github.com/spf13/pflag"
 
+	"transfused.org/transfused/service/config"
 	"transfused.org/transfused/service/host"
 	"transfused.org/transfused/service/transport"
-	"transfused.org/transfused/service/wire"
 )
 
 // flags are the command line, as far as it was read.
@@ -127,7 +123,7 @@ func (f *flags) config(set *pflag.FlagSet) (c host.Config, debug bool, err error
 		debug = f.debug
 	}
 	if tokenFile != "" {
-		if c.Token, err = readToken(tokenFile); err != nil {
+		if c.Token, err = config.Token(tokenFile); err != nil {
 			return c, false, err
 		}
 	}
@@ -136,21 +132,11 @@ func (f *flags) config(set *pflag.FlagSet) (c host.Config, debug bool, err error
 
 // readConfig reads a configuration file.
 func readConfig(path string) (c host.Config, file configFile, err error) {
-	text, err := os.ReadFile(path)
+	f, err := config.Read(path, &file)
 	if err != nil {
-		return c, file, reason(err)
+		return c, file, err
 	}
-	md, err := toml.Decode(string(text), &file)
-	if pe := (toml.ParseError{}); errors.As(err, &pe) {
-		return c, file, fmt.Errorf("%s:%d: %s", path, pe.Position.Line, pe.Message)
-	}
-	if err != nil {
-		return c, file, fmt.Errorf("%s: %w", path, err)
-	}
-	at := func(key ...string) string { return fmt.Sprintf("%s:%d", path, lineOf(string(text), key)) }
-	if unknown := md.Undecoded(); len(unknown) > 0 {
-		return c, file, fmt.Errorf("%s: unknown key %s: remove it or correct its name", at(unknown[0]...), unknown[0])
-	}
+	at := f.At
 	c.Listen = file.Listen
 	for _, name := range slices.Sorted(maps.Keys(file.Export)) {
 		e, key, err := exportOf(name, file.Export[name])
@@ -211,69 +197,4 @@ func exportOf(name string, table map[string]any) (e host.Export, key string, err
 		return e, "", errors.New("no directory: write dir = \"/…\"")
 	}
 	return e, "", nil
-}
-
-// lineOf finds the line of a key, or of its table, or 1. The TOML library
-// tells no positions of keys.
-func lineOf(text string, key []string) int {
-	line, table := 1, ""
-	for i, l := range strings.Split(text, "\n") {
-		l = strings.TrimSpace(l)
-		if strings.HasPrefix(l, "[") {
-			table = strings.NewReplacer(" ", "", `"`, "").Replace(strings.Trim(strings.SplitN(l, "#", 2)[0], "[] \t"))
-			if strings.Join(key, ".") == table || len(key) > 1 && strings.Join(key[:len(key)-1], ".") == table {
-				line = i + 1
-			}
-			continue
-		}
-		name, _, ok := strings.Cut(l, "=")
-		full := strings.Trim(strings.TrimSpace(name), `"`)
-		if table != "" {
-			full = table + "." + full
-		}
-		if ok && full == strings.Join(key, ".") {
-			return i + 1
-		}
-	}
-	return line
-}
-
-// minToken is the shortest token that is worth the name, in bytes.
-const minToken = 16
-
-// readToken reads the token of a file that nobody else may read.
-func readToken(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, reason(err)
-	}
-	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		return nil, reason(err)
-	}
-	if fi.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("token file %s: others may read it (mode %04o): chmod 600 it and make a new token", path, fi.Mode().Perm())
-	}
-	b := make([]byte, wire.MaxToken+2)
-	n, err := f.Read(b)
-	if err != nil && n == 0 {
-		return nil, fmt.Errorf("token file %s: it is empty: write at least %d random bytes there, such as: head -c 32 /dev/urandom | base64", path, minToken)
-	}
-	token := bytes.TrimRight(b[:n], "\r\n")
-	if len(token) < minToken || len(token) > wire.MaxToken {
-		return nil, fmt.Errorf("token file %s: the token has %d bytes: it must have %d to %d", path, len(token), minToken, wire.MaxToken)
-	}
-	return token, nil
-}
-
-// reason puts the mend to an error of a file.
-func reason(err error) error {
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return fmt.Errorf("%w: correct the path or make it", err)
-	case errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("%w: run as a user who may read it", err)
-	}
-	return err
 }

@@ -84,7 +84,7 @@ func TestMistakes(t *testing.T) {
 		{"no token file", []string{"--listen", sock, export, "--token-file", "/no/such"}, 2, []string{"/no/such"}},
 		{"token for all to read", []string{"--listen", sock, export, "--token-file", write(t, "t", "0123456789abcdef", 0o644)}, 2, []string{"chmod 600"}},
 		{"short token", []string{"--listen", sock, export, "--token-file", write(t, "t", "short\n", 0o600)}, 2, []string{"5 bytes"}},
-		{"empty token", []string{"--listen", sock, export, "--token-file", write(t, "t", "", 0o600)}, 2, []string{"empty"}},
+		{"empty token", []string{"--listen", sock, export, "--token-file", write(t, "t", "", 0o600)}, 2, []string{"0 bytes"}},
 		{"no configuration", []string{"--config", "/no/such.toml"}, 2, []string{"/no/such.toml"}},
 		{"not TOML", []string{config("listen = [\n\nx")}, 2, []string{"c.toml:"}},
 		{"unknown key", []string{config("debug = true\nfast = true\n")}, 2, []string{"c.toml:2", "fast"}},

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"transfused.org/transfused/service/config"
 	"transfused.org/transfused/service/guest"
 	"transfused.org/transfused/service/transport"
 )
@@ -120,7 +121,7 @@ func (f *flags) settings(given func(flag string) bool) (c guest.Config, err erro
 		}
 	}
 	if f.tokenFile != "" {
-		if c.Token, err = readToken(f.tokenFile); err != nil {
+		if c.Token, err = config.Token(f.tokenFile); err != nil {
 			return c, err
 		}
 	}
@@ -132,28 +133,6 @@ func (f *flags) settings(given func(flag string) bool) (c guest.Config, err erro
 		}
 	}
 	return c, c.Check()
-}
-
-// readToken reads a token, which nobody else may be able to read.
-func readToken(name string) ([]byte, error) {
-	st, err := os.Stat(name)
-	if err != nil {
-		return nil, fmt.Errorf("token file: %w", err)
-	}
-	if st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("token file %s: mode %#o lets others read it: chmod 600 it", name, st.Mode().Perm())
-	}
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return nil, fmt.Errorf("token file: %w", err)
-	}
-	for len(b) > 0 && (b[len(b)-1] == '\n' || b[len(b)-1] == '\r') {
-		b = b[:len(b)-1]
-	}
-	if len(b) < 16 || len(b) > 1024 {
-		return nil, fmt.Errorf("token file %s: %d bytes: 16 to 1024 are wanted, such as of: openssl rand -hex 32", name, len(b))
-	}
-	return b, nil
 }
 
 // daemon runs the daemon until a signal ends it.

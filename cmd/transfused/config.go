@@ -3,15 +3,10 @@
 package main
 
 import (
-	"errors"
-	"fmt"
-	"io/fs"
-	"os"
 	"slices"
 	"strings"
 
-	"github.com/BurntSushi/toml"
-
+	"transfused.org/transfused/service/config"
 	"transfused.org/transfused/service/guest"
 )
 
@@ -40,20 +35,8 @@ type mountFile struct {
 // readConfig puts what the file says into the flags that were not given, and returns the mounts it asks for.
 func (f *flags) readConfig(name string, given func(flag string) bool) ([]guest.MountSpec, error) {
 	var c file
-	meta, err := toml.DecodeFile(name, &c)
-	if err != nil {
-		var parse toml.ParseError
-		if errors.As(err, &parse) {
-			return nil, fmt.Errorf("config %s: line %d: %s", name, parse.Position.Line, parse.Message)
-		}
-		if errors.As(err, new(*fs.PathError)) {
-			return nil, fmt.Errorf("config: %w", err)
-		}
-		return nil, fmt.Errorf("config %s: %s", name, strings.TrimPrefix(err.Error(), "toml: "))
-	}
-	if unknown := meta.Undecoded(); len(unknown) > 0 {
-		key := unknown[0]
-		return nil, fmt.Errorf("config %s: %skey %q is not known", name, keyLine(name, key.String()), key)
+	if _, err := config.Read(name, &c); err != nil {
+		return nil, err
 	}
 	set(given("server"), &f.server, c.Server)
 	set(given("socket"), &f.socket, c.Socket)
@@ -77,32 +60,6 @@ func (f *flags) readConfig(name string, given func(flag string) bool) ([]guest.M
 	}
 	slices.SortFunc(specs, func(a, b guest.MountSpec) int { return strings.Compare(a.Dir, b.Dir) })
 	return specs, nil
-}
-
-// keyLine returns "line N: " for a key, which the decoder does not tell; nothing for one that is written in an
-// unusual form.
-func keyLine(name, key string) string {
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return ""
-	}
-	table, n := "", 0
-	for line := range strings.Lines(string(b)) {
-		n++
-		line = strings.TrimSpace(line)
-		found := ""
-		if strings.HasPrefix(line, "[") {
-			table = strings.Trim(strings.SplitN(line, "]", 2)[0], "[ ")
-			found = table
-			table += "."
-		} else if k, _, ok := strings.Cut(line, "="); ok {
-			found = table + strings.TrimSpace(k)
-		}
-		if found == key {
-			return fmt.Sprintf("line %d: ", n)
-		}
-	}
-	return ""
 }
 
 func set[T any](given bool, to *T, from *T) {

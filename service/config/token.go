@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+
+	"transfused.org/transfused/service/wire"
+)
+
+// minToken is the shortest token that is worth the name, in bytes.
+const minToken = 16
+
+// Token reads the token of a file that nobody but its owner may read, less the end of its line.
+func Token(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("token file: %w", reason(err))
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("token file: %w", err)
+	}
+	if fi.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("token file %s: others may read it (mode %04o): chmod 600 it and make a new token", path, fi.Mode().Perm())
+	}
+	b, err := io.ReadAll(io.LimitReader(f, wire.MaxToken+3)) // with the end of its line, it is too long by one
+	if err != nil {
+		return nil, fmt.Errorf("token file: %w", err)
+	}
+	token := bytes.TrimRight(b, "\r\n")
+	if len(token) < minToken || len(token) > wire.MaxToken {
+		return nil, fmt.Errorf("token file %s: the token has %d bytes: it must have %d to %d; make one by: openssl rand -hex 32", path, len(token), minToken, wire.MaxToken)
+	}
+	return token, nil
+}
