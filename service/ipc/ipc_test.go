@@ -4,6 +4,7 @@ package ipc
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -222,5 +223,36 @@ func TestChildRefusesAForeignEnvironment(t *testing.T) {
 	t.Setenv(roleEnv, "worker")
 	if role, _, err := Child(); err == nil {
 		t.Errorf("Child in a process that Start did not make: role %q, no error", role)
+	}
+}
+
+// ps, top and pgrep show what a child is, within the 15 bytes that the kernel keeps.
+func TestChildIsNamed(t *testing.T) {
+	for _, tt := range []struct{ program, want string }{
+		{"/usr/bin/transfuse-host", "transfuse-:echo"},
+		{"short", "short:echo"},
+	} {
+		self := os.Args[0]
+		os.Args[0] = tt.program
+		p, err := Start("echo", nil)
+		os.Args[0] = self
+		if err != nil {
+			t.Fatal(err)
+		}
+		var m message
+		if err := p.Send(m); err != nil {
+			t.Error(err)
+		}
+		if _, err := p.Recv(&m); err != nil { // it is up
+			t.Error(err)
+		}
+		comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", p.Pid()))
+		if got := strings.TrimSpace(string(comm)); got != tt.want || err != nil {
+			t.Errorf("%q, %v, want %q", got, err, tt.want)
+		}
+		p.Close()
+		if err := p.Wait(); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -78,6 +80,21 @@ func Child() (role string, c *Conn, err error) {
 		return "", nil, fmt.Errorf("%s is set in the environment, but this process was not started by transfused; unset it", roleEnv)
 	}
 	unix.CloseOnExec(childFD)
+	nameProcess(role)
 	c, err = New(os.NewFile(childFD, "ipc parent"))
 	return role, c, err
+}
+
+// commLen is how much of a process's name the kernel keeps (TASK_COMM_LEN less the NUL).
+const commLen = 15
+
+// nameProcess gives this process the name that ps, top and pgrep show: it would be "exe", of /proc/self/exe. By this file and not by
+// prctl, which names the calling thread.
+func nameProcess(role string) {
+	program, _, _ := strings.Cut(filepath.Base(os.Args[0]), ": ")
+	if room := max(commLen-1-len(role), 0); len(program) > room {
+		program = program[:room]
+	}
+	// Without a name it works as well.
+	_ = os.WriteFile("/proc/self/comm", []byte(program+":"+role), 0)
 }
