@@ -62,8 +62,8 @@ func newGuest(t testing.TB, change func(*Config)) *guest {
 		if err := g.fs.Close(); err != nil {
 			t.Errorf("Close: %v", err)
 		}
-		if n := g.fs.limits.files.Load() + g.fs.limits.waits.Load(); n != 0 {
-			t.Errorf("%d files and waits are still counted", n)
+		if n := g.fs.limits.files.Load() + g.fs.limits.waits.Load() + g.fs.limits.serving.Load(); n != 0 {
+			t.Errorf("%d files, waits and goroutines are still counted", n)
 		}
 	})
 	g.init()

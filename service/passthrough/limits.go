@@ -19,6 +19,7 @@ type Limits struct {
 	Descriptors int64 // descriptors, open files included; RLIMIT_NOFILE less 64
 	Bytes       int64 // of large requests and replies under way; 64 MiB
 	Requests    int64 // served at once by one stream; 64
+	Serving     int64 // goroutines that serve, of all streams, but the first of each; 2048. Each may hold a thread in a system call
 	Waits       int64 // SETLKW requests that wait; 1024
 
 	once        sync.Once
@@ -26,6 +27,7 @@ type Limits struct {
 	files       atomic.Int64
 	descriptors atomic.Int64
 	waits       atomic.Int64
+	serving     atomic.Int64
 	bytes       byteGauge
 }
 
@@ -46,6 +48,7 @@ func (l *Limits) init() {
 		or(&l.Files, l.Descriptors/2)
 		or(&l.Bytes, 64<<20)
 		or(&l.Requests, 64)
+		or(&l.Serving, 2048)
 		or(&l.Waits, 1024)
 		l.bytes.max = max(l.Bytes, 2*maxBuffer)
 		l.bytes.free.L = &l.bytes.mu
@@ -59,6 +62,16 @@ func take(g *atomic.Int64, max int64) bool {
 		return false
 	}
 	return true
+}
+
+// takeServer counts one more goroutine of a stream that has n, if it may: the first of each always, more while there is room.
+// The runtime ends a process that has 10,000 threads.
+func (l *Limits) takeServer(n int64) bool {
+	if n == 0 {
+		l.serving.Add(1)
+		return true
+	}
+	return n < l.Requests && take(&l.serving, l.Serving)
 }
 
 // takeFile counts an open file (or what holds a descriptor like one: a lock owner). Undo with giveFile.

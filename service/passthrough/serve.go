@@ -68,13 +68,14 @@ func (fs *FS) Serve(c io.ReadWriteCloser) error {
 // pass gives the turn away.
 func (s *stream) pass() {
 	s.turn <- struct{}{}
-	if s.idle.Load() == 0 && int64(s.workers.Load()) < s.fs.limits.Requests {
+	if s.idle.Load() == 0 && s.fs.limits.takeServer(int64(s.workers.Load())) {
 		s.workers.Add(1)
 		s.wg.Go(s.work)
 	}
 }
 
 func (s *stream) work() {
+	defer s.fs.limits.serving.Add(-1)
 	defer s.workers.Add(-1)
 	r := &request{fs: s.fs, s: s}
 	for {

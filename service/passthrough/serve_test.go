@@ -7,6 +7,7 @@ import (
 	"os/signal"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -39,6 +40,53 @@ func TestHangingRequest(t *testing.T) {
 	}
 	o, _ := out[fuse.OpenOut](g, g.recv(hanging))
 	g.release(n, o.Fh)
+}
+
+// Requests that hang take so many goroutines, and with them threads, of a session, and no more; yet each stream has one.
+func TestHangingRequests(t *testing.T) {
+	const limit = 6
+	g := newGuest(t, func(c *Config) { c.Limits = &Limits{Serving: limit} })
+	g.write0("leased", "x", 0o644)
+	n := g.lookup(1, "leased").NodeID
+	broken := make(chan os.Signal, 1)
+	signal.Notify(broken, unix.SIGIO)
+	defer signal.Stop(broken)
+	f, err := os.OpenFile(g.host("leased"), os.O_RDWR, 0)
+	must(t, err)
+	defer f.Close()
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+		t.Fatalf("lease: %v", err)
+	}
+	var hanging []uint64
+	for range 4 * limit {
+		hanging = append(hanging, g.send(fuse.OpOpen, n, body(fuse.OpenIn{Flags: unix.O_RDWR})))
+	}
+	<-broken
+	for until := time.Now().Add(10 * time.Second); g.fs.limits.serving.Load() < limit; time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("%d goroutines", g.fs.limits.serving.Load())
+		}
+	}
+	first := g.c
+	ended := g.dial()
+	for range 100 {
+		g.serving()
+	}
+	if n := g.fs.limits.serving.Load(); n > limit+1 {
+		t.Errorf("%d goroutines serve, want no more than %d and one of the second stream", n, limit)
+	}
+	g.c.Close()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	g.c = first
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_UNLCK); err != nil {
+		t.Fatal(err)
+	}
+	for _, u := range hanging {
+		o, _ := out[fuse.OpenOut](g, g.recv(u))
+		g.release(n, o.Fh)
+	}
 }
 
 // Many requests at once are all answered, and answered once.
