@@ -183,7 +183,7 @@ func TestStreamOfAnother(t *testing.T) {
 	hybrid := func(name string) transport.Addr {
 		return transport.Addr{Family: transport.Hybrid, Path: filepath.Join(dir, name), Port: 1524}
 	}
-	h := startHost(t, Config{
+	startHost(t, Config{
 		Exports: []Export{exportDir(t, "code", "guests="+filepath.Join(dir, "a"), "guests="+filepath.Join(dir, "b"))},
 		Listen:  []transport.Addr{hybrid("a"), hybrid("b")}, Token: token,
 	})
@@ -211,14 +211,17 @@ func TestStreamOfAnother(t *testing.T) {
 
 	thief := newGuest(t, hybrid("b"), 1)
 	thief.token = token
-	c := dial(t, thief.addr)
-	send(t, c, thief.hello())
-	if r := want[*wire.Refused](t, c); r.Errno != unix.EPERM || !strings.Contains(r.Text, "another peer") {
-		t.Errorf("another VM names the session: %+v", r)
+	thief.connect() // has a session of its own, as a clone of the VM would, and nothing of the other's
+	refused("another VM with the same id", hybrid("b"), &wire.StreamOpen{SessionID: g.id, MountID: id, Token: token})
+	clone, _ := thief.mount("code")
+	if err := clone.serves(); err != nil {
+		t.Error(err)
 	}
+	send(t, thief.c, &wire.Unmounted{MountID: id})
+	gone(t, clone.Conn)
 	liar := newGuest(t, hybrid("a"), 2)
 	liar.token = []byte("a guess")
-	c = dial(t, liar.addr)
+	c := dial(t, liar.addr)
 	send(t, c, liar.hello())
 	if r := want[*wire.Refused](t, c); r.Errno != unix.EPERM || !strings.Contains(r.Text, "wrong token") {
 		t.Errorf("a wrong token: %+v", r)
@@ -232,7 +235,10 @@ func TestStreamOfAnother(t *testing.T) {
 	if err := f.serves(); err != nil {
 		t.Error(err)
 	}
-	h.logs.wait("connection refused", "another peer")
+	send(t, g.c, &wire.Ping{ID: 7})
+	if r := want[*wire.Alive](t, g.c); r.ID != 7 {
+		t.Errorf("%+v", r)
+	}
 }
 
 // Another user of this machine gets nothing over a Unix socket that he can

@@ -347,9 +347,6 @@ func (s *server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*
 			continue
 		}
 		if ss.resumes(p, m) {
-			if ss.who != who {
-				return nil, fmt.Errorf("%w: that session is another peer's", unix.EPERM)
-			}
 			return ss, nil
 		}
 		if ss.who == who {

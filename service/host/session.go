@@ -97,13 +97,17 @@ func (ss *session) quiet() time.Duration {
 }
 
 // resumes says whether an Init is of this session, whose control channel was
-// lost or is about to be found lost.
+// lost or is about to be found lost. Peers have no session in common: VMs
+// cloned from one snapshot come with one id.
 func (ss *session) resumes(p transport.Peer, m *wire.Init) bool {
+	if ss.who != identify(p) {
+		return false
+	}
 	if m.Version >= wire.Version2 {
 		return ss.version >= wire.Version2 && ss.id == m.SessionID
 	}
 	// Version 1 has no session: it is known by the peer.
-	return ss.version == wire.Version1 && ss.who == identify(p) && ss.sameProcess(p) && ss.lost()
+	return ss.version == wire.Version1 && ss.sameProcess(p) && ss.lost()
 }
 
 // sameProcess tells guests over one Unix socket apart.
