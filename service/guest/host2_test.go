@@ -38,6 +38,8 @@ type v2host struct {
 	wg      sync.WaitGroup
 
 	got chan wire.Message // what came on the control channel, but for logs
+	// channels gets the notify and event channels, if set; without it there are no events.
+	channels chan net.Conn
 	// refuse answers Init, if set.
 	refuse *wire.Refused
 	token  string
@@ -165,7 +167,16 @@ func (h *v2host) serve(c net.Conn) {
 		case *wire.NotifyOpen2:
 			wire.Write(c, &wire.OpenReply{})
 			h.got <- m
+			if h.channels != nil {
+				h.channels <- c
+			}
 		case *wire.EventOpen:
+			if h.channels != nil {
+				wire.Write(c, &wire.OpenReply{})
+				h.got <- m
+				h.channels <- c
+				continue
+			}
 			wire.Write(c, &wire.OpenReply{Errno: unix.ENOSYS, Text: "no events"})
 			return
 		case *wire.LogNotice, *wire.LogError:
