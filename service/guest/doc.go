@@ -9,7 +9,10 @@
 // (Helper), the same program executed again: mount points, mounting and unmounting, suitability, events,
 // notifications. The daemon passes it descriptors of channels; it passes back the device of each mount. The helper
 // serves each call in a goroutine of its own, so that one dead mount stops no other. If the daemon is killed the helper
-// detaches what is left; if the helper ends, so does the daemon.
+// detaches what is left; if the helper ends, so does the daemon, and another helper detaches.
+//
+// Notify and event channels are dialled again when they are lost (version 2). A mount goes on without them: it misses what
+// the host would tell, and has its TTLs.
 //
 // Not even a test may open a file of such a mount as an *os.File in the process that pumps: the file joins the runtime's
 // poller, whose lock the kernel holds while it sends POLL to that very process.

@@ -26,6 +26,7 @@
 //   - O_DIRECT and O_APPEND are not passed on to the host's file; see keepFlags.
 //   - Names that do not exist are not cached by the guest.
 //   - Requests are served in turns of reading; see stream. A 4 KiB read is two system calls (read, pread) and a write.
+//   - The guest's trusted.* are user.transfuse.trusted.* on the host, and so EPERM on a symbolic link; see trustedRule.
 //   - Locks are the host's; see lockTable. Owners are those of the guest's callers; see creds.
 //
 // README.md lists what answers ENOSYS, what else is not done, and why.
