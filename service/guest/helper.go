@@ -27,7 +27,7 @@ const (
 	opSetup   = "setup"   // Roots, Fusermount
 	opMount   = "mount"   // Key, Dir, Options, WireID; answers with the device
 	opUnmount = "unmount" // Key, Force
-	opForget  = "forget"  // Key: it is unmounted
+	opForget  = "forget"  // Key: it is unmounted, or, with Force, is to be
 	opSuit    = "suit"    // Paths, Export; answers with Paths
 	opStale   = "stale"   // Dir: take away what a helper before this one left there
 	opEvents1 = "events1" // and the connection
@@ -55,6 +55,7 @@ type call struct {
 // report is what the helper says: an answer, or, with ID 0, a line for the log or a pong.
 type report struct {
 	ID     uint64
+	Key    uint64     `json:",omitempty"` // of the mount whose device is beside it
 	Errno  unix.Errno `json:",omitempty"`
 	Error  string     `json:",omitempty"`
 	Paths  []string   `json:",omitempty"`
@@ -110,6 +111,7 @@ func Helper(c *ipc.Conn) error {
 			}
 			r.ID = q.ID
 			if dev != nil {
+				r.Key = q.Key
 				h.send(r, dev)
 				dev.Close()
 				return
@@ -144,6 +146,11 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 		}
 	case opForget:
 		if m := h.take(q.Key, true); m != nil {
+			if q.Force {
+				if err := m.point.unmount(h.fusermount, true); err != nil {
+					h.logf("detach %s: %s", m.point.dir, err) // nobody waits for the answer
+				}
+			}
 			m.point.close()
 			if m.notify != nil {
 				m.notify.Close() // it holds the device

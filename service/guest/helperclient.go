@@ -91,8 +91,8 @@ func (h *helper) receive() {
 		h.mu.Unlock()
 		if waiting != nil {
 			waiting <- a // has room for one
-		} else if a.file != nil {
-			a.file.Close() // who asked has given up: the device closes, and the mount is dead
+		} else {
+			h.drop(a) // who asked has given up
 		}
 	}
 	h.mu.Lock()
@@ -150,16 +150,23 @@ func (h *helper) wait(ctx context.Context, op string, id uint64, waiting chan an
 	}
 }
 
-// forget gives a call up; what is answered meanwhile is closed.
+// forget gives a call up; its answer is dropped, whenever it comes.
 func (h *helper) forget(id uint64, waiting chan answer) {
 	h.mu.Lock()
+	_, there := h.calls[id]
 	delete(h.calls, id)
 	h.mu.Unlock()
-	select {
-	case a := <-waiting:
-		if a.file != nil {
-			a.file.Close()
-		}
-	default:
+	if !there {
+		h.drop(<-waiting) // it was answered meanwhile, or the helper has ended
 	}
+}
+
+// drop undoes what an answer that nobody takes tells of: a mount, which would stay with nobody to serve it.
+func (h *helper) drop(a answer) {
+	if a.file == nil {
+		return
+	}
+	a.file.Close()
+	// An error means that the helper ends, which detaches its mounts.
+	_ = h.proc.Send(call{Op: opForget, Key: a.Key, Force: true})
 }
