@@ -19,6 +19,10 @@ import (
 	"transfused.org/transfused/service/transport"
 )
 
+// maxSuits is how many suitability requests there may be at once: each on a mount that does not answer keeps a thread, also
+// when who asked has given up.
+const maxSuits = 64
+
 // HelperRole is the role under which the daemon starts its helper (ipc.Start).
 const HelperRole = "helper"
 
@@ -74,6 +78,7 @@ type helperServer struct {
 	mounts     map[uint64]*helperMount
 	actors     map[int]*actor // threads whose channel is being dialled
 	acting     int            // threads in all
+	suiting    int            // suitability requests under way
 }
 
 type helperMount struct {
@@ -165,11 +170,7 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 			p.close()
 		}
 	case opSuit:
-		for _, p := range q.Paths {
-			if suits(p, q.Export) {
-				r.Paths = append(r.Paths, p)
-			}
-		}
+		r.Paths, err = h.suit(q.Paths, q.Export)
 	case opEvents1:
 		go h.serveEvents1(transport.NewConn(files[0], transport.Peer{}))
 	case opThread:
@@ -210,6 +211,26 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 		err = fmt.Errorf("operation %q: %w", q.Op, unix.ENOSYS)
 	}
 	return r, dev, err
+}
+
+// suit returns which of paths suit.
+func (h *helperServer) suit(paths []string, export bool) (good []string, err error) {
+	h.mu.Lock()
+	if h.suiting == maxSuits {
+		h.mu.Unlock()
+		return nil, fmt.Errorf("%w: %d requests wait for mounts that do not answer", unix.EAGAIN, maxSuits)
+	}
+	h.suiting++
+	h.mu.Unlock()
+	for _, p := range paths {
+		if suits(p, export) {
+			good = append(good, p)
+		}
+	}
+	h.mu.Lock()
+	h.suiting--
+	h.mu.Unlock()
+	return good, nil
 }
 
 func (h *helperServer) mount(q call) (*os.File, error) {

@@ -4,11 +4,13 @@ package guest
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fstest"
 )
@@ -69,5 +71,39 @@ func TestMountGivenUp(t *testing.T) {
 	defer cancel()
 	if _, err := h.call(ctx, call{Op: opUnmount, Key: 1}); err != nil {
 		t.Error(err)
+	}
+}
+
+// Suitability requests about a mount that does not answer keep so many threads, and no more.
+func TestSuitabilityIsBounded(t *testing.T) {
+	fstest.Leaks(t)
+	h := newHelper(t)
+	dir := t.TempDir()
+	dev, err := Mount(dir, MountOptions{Source: "silent"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	defer dev.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), wait)
+	defer cancel()
+	answers := make(chan error, maxSuits+1)
+	for range maxSuits + 1 {
+		go func() {
+			_, err := h.call(ctx, call{Op: opSuit, Paths: []string{filepath.Join(dir, "x")}})
+			answers <- err
+		}()
+	}
+	if err := <-answers; !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("one too many: %v", err)
+	}
+	dev.Close() // fails the others' calls
+	for range maxSuits {
+		if err := <-answers; err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := h.call(ctx, call{Op: opSuit, Paths: []string{dir + "2"}}); err != nil {
+		t.Errorf("afterwards: %v", err)
 	}
 }
