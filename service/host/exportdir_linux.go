@@ -34,7 +34,8 @@ func openExport(e *Export) (*os.File, error) {
 	}
 	flags := uint(unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC)
 	at := uint(unix.AT_EMPTY_PATH)
-	// What is mounted below later is not ours to show, unless it is followed.
+	// What is mounted below later never appears: the kernel does not spread it to a detached tree. What is unmounted
+	// goes from a tree that is followed, or the export would keep that file system busy.
 	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID, Propagation: unix.MS_PRIVATE}
 	if !e.Dev {
 		attr.Attr_set |= unix.MOUNT_ATTR_NODEV

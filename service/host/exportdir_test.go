@@ -76,6 +76,9 @@ func TestOpenExport(t *testing.T) {
 			if flags, err := open("sub/below", unix.O_RDONLY); !errors.Is(err, c.below) || err == nil && flags != c.flags {
 				t.Errorf("submount: %#x, %v; want %#x, %v", flags, err, c.flags, c.below)
 			}
+			if _, err := open("sub", unix.O_PATH); err != nil {
+				t.Errorf("the submount, or the directory under it: %v", err)
+			}
 			if _, err := open("../"+filepath.Base(e.Dir)+"/hello", unix.O_RDONLY); !errors.Is(err, unix.ENOENT) {
 				t.Errorf("..: %v, want it to end at the root", err)
 			}
@@ -88,5 +91,58 @@ func TestOpenExport(t *testing.T) {
 			f.Close()
 			t.Errorf("opened %s", dir)
 		}
+	}
+}
+
+// A tree that is followed has the mounts that there were, without those that are gone.
+func TestOpenExportLater(t *testing.T) {
+	if !canNamespace() {
+		t.Fatal("run the tests as root: sudo -E go test ./...")
+	}
+	fstest.Leaks(t)
+	e := exportDir(t, "code", "submounts=follow")
+	mount := func(dir string) {
+		t.Helper()
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("sub", dir, "tmpfs", 0, "size=64k"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	}
+	mount(e.Dir)
+	if err := unix.Mount("", e.Dir, "", unix.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
+	before, later := filepath.Join(e.Dir, "before"), filepath.Join(e.Dir, "later")
+	mount(before)
+	f, err := openExport(&e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	mount(later)
+	is := func(name string) bool {
+		t.Helper()
+		var root, st unix.Statx_t
+		for path, st := range map[string]*unix.Statx_t{".": &root, name: &st} {
+			if err := unix.Statx(int(f.Fd()), path, 0, unix.STATX_MNT_ID, st); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return st.Mnt_id != root.Mnt_id
+	}
+	if !is("before") {
+		t.Error("what was mounted before is missing")
+	}
+	if is("later") {
+		t.Error("what is mounted later appears: correct README.md")
+	}
+	if err := unix.Unmount(before, 0); err != nil {
+		t.Fatal(err)
+	}
+	if is("before") {
+		t.Error("what is unmounted stays")
 	}
 }

@@ -17,9 +17,11 @@ import (
 type SubmountPolicy int
 
 const (
-	// SubmountsHide: names that lead to another mount do not exist for the guest.
+	// SubmountsHide: names that lead to another mount than Root's do not exist for the guest. If Root is a copy of a
+	// mount without those below (OPEN_TREE_CLONE), no name does, and the directories under the mounts show.
 	SubmountsHide SubmountPolicy = iota
-	// SubmountsFollow: they are part of the tree; inode numbers are made unique.
+	// SubmountsFollow: what is mounted below Root is part of the tree; inode numbers are made unique. If Root is a copy
+	// (AT_RECURSIVE too), that is what was there when it was made, less what has been unmounted.
 	SubmountsFollow
 )
 
