@@ -56,7 +56,7 @@ const (
 // made longer, so the position in the host's directory is always that of the guest.
 func (r *request) readdir(plus bool) fuse.Errno {
 	var in fuse.ReadIn
-	if !decode(r, &in) || in.Size > maxTransfer {
+	if !decodeAlone(r, &in) || in.Size > maxTransfer {
 		return unix.EINVAL
 	}
 	h, e := r.handle(in.Fh)

@@ -93,7 +93,7 @@ func (fs *FS) gone(n *node, fd int) fuse.Errno {
 
 func opRead(r *request) fuse.Errno {
 	var in fuse.ReadIn
-	if !decode(r, &in) || in.Size > maxTransfer || int64(in.Offset) < 0 {
+	if !decodeAlone(r, &in) || in.Size > maxTransfer || int64(in.Offset) < 0 {
 		return unix.EINVAL
 	}
 	h, e := r.handle(in.Fh)

@@ -377,6 +377,10 @@ func TestHostileLengths(t *testing.T) {
 		{"READ beyond all files", fuse.OpRead, a.NodeID, body(fuse.ReadIn{Fh: fh, Offset: math.MaxUint64, Size: 1}), unix.EINVAL},
 		{"READDIR of 4 GiB", fuse.OpReaddir, 1, body(fuse.ReadIn{Fh: d.Fh, Size: math.MaxUint32}), unix.EINVAL},
 		{"READDIRPLUS of 4 GiB", fuse.OpReaddirplus, 1, body(fuse.ReadIn{Fh: d.Fh, Size: math.MaxUint32}), unix.EINVAL},
+		{"READ and more", fuse.OpRead, a.NodeID, body(fuse.ReadIn{Fh: fh, Size: 1}, []byte("x")), unix.EINVAL},
+		{"READ and much more", fuse.OpRead, a.NodeID, body(fuse.ReadIn{Fh: fh, Size: 1}, make([]byte, maxTransfer)), unix.EINVAL},
+		{"READDIR and more", fuse.OpReaddir, 1, body(fuse.ReadIn{Fh: d.Fh, Size: 4096}, []byte("x")), unix.EINVAL},
+		{"READDIRPLUS and more", fuse.OpReaddirplus, 1, body(fuse.ReadIn{Fh: d.Fh, Size: 4096}, []byte("x")), unix.EINVAL},
 		{"READDIR of 0", fuse.OpReaddir, 1, body(fuse.ReadIn{Fh: d.Fh}), unix.EINVAL},
 		{"IOCTL says more", fuse.OpIoctl, a.NodeID, body(fuse.IoctlIn{Fh: fh, Cmd: unix.FS_IOC_SETFLAGS, InSize: 4}), unix.EINVAL},
 		{"IOCTL wants 4 GiB", fuse.OpIoctl, a.NodeID, body(fuse.IoctlIn{Fh: fh, Cmd: unix.FS_IOC_GETFLAGS, OutSize: math.MaxUint32}), unix.EINVAL},
@@ -408,6 +412,14 @@ func TestHostileLengths(t *testing.T) {
 		})
 	}
 	g.t = t
+	const extension = 1 << 18
+	msg, unique := g.message(fuse.OpRead, a.NodeID, body(fuse.ReadIn{Fh: fh, Size: 1}, fuse.ExtHeader{Size: extension, Type: 99}, make([]byte, extension-8)))
+	var h fuse.InHeader
+	fuse.Decode(&h, msg)
+	h.TotalExtlen = extension / 8
+	fuse.Put(msg, &h)
+	g.write(msg)
+	g.want(unix.EINVAL, g.recv(unique)) // READ and a large extension
 	if b, err := os.ReadFile(g.host("a")); err != nil || string(b) != "aaaa" {
 		t.Errorf("a is now %d bytes, %v", len(b), err)
 	}
@@ -893,7 +905,7 @@ func TestHostileBytes(t *testing.T) {
 		case 1:
 			b, op = body(fuse.GetxattrIn{Size: 1 << 16}, make([]byte, 900<<10)), fuse.OpListxattr
 		default:
-			b, op = body(fuse.ReadIn{Fh: fh, Size: maxTransfer}, make([]byte, 900<<10)), fuse.OpRead
+			b, op = body(fuse.ReadIn{Fh: fh, Size: maxTransfer}), fuse.OpRead
 		}
 		msg, unique := g.message(op, big.NodeID, b)
 		all = append(all, msg...)

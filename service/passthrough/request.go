@@ -129,6 +129,12 @@ func decode[T fuse.Struct](r *request, v *T) bool {
 	return ok
 }
 
+// decodeAlone is decode, for a body that is v and nothing else. The operations with large replies use it: a request
+// must not hold two large buffers, since the second is not waited for (byteGauge).
+func decodeAlone[T fuse.Struct](r *request, v *T) bool {
+	return decode(r, v) && len(r.body) == 0 && r.inBuf == nil
+}
+
 // reply appends a structure to the reply.
 func reply[T fuse.Struct](r *request, v *T) fuse.Errno {
 	r.out = fuse.Append(r.out, v)
