@@ -35,7 +35,7 @@ func frame(t testing.TB, m wire.Message) []byte {
 func TestGarbage(t *testing.T) {
 	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *server) {
 		s.times.first = 200 * time.Millisecond
-		s.refused = &refusals{limit: newLimiter(1000, 1000), told: map[cause]*telling{}}
+		s.refused = newRefusals(0, 1000, 1000)
 	})
 	g := newGuest(t, h.addr, 1).connect()
 	f, mount := g.mount("code")

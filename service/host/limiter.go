@@ -5,6 +5,7 @@ package host
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"strconv"
 	"strings"
 	"sync"
@@ -49,16 +50,27 @@ func (l *limiter) allow(now time.Time) (ok bool, dropped int) {
 // toldAgain is when a cause that goes on is logged once more: a guest that is refused dials again every few seconds.
 const toldAgain = 10 * time.Minute
 
-// maxCauses bounds what is remembered of causes.
-const maxCauses = 256
+// Bounds of what is remembered of refusals: peers, and causes of each.
+const (
+	maxRefused = 64
+	maxCauses  = 32
+)
 
-// refusals bounds the log of refused connections: a line for each cause, and in all what a limiter allows.
+// refusals bounds the log of refused connections: for each peer a line for each cause, and in all what a limiter allows.
+// So no guest can hide what another does.
 type refusals struct {
-	limit *limiter
-	again time.Duration // toldAgain, but for tests
+	again            time.Duration // toldAgain, but for tests
+	burst, perSecond float64
 
-	mu   sync.Mutex // guards the rest
-	told map[cause]*telling
+	mu     sync.Mutex // guards the rest
+	peers  map[identity]*refused
+	others *refused // the peers beyond maxRefused, together
+}
+
+type refused struct {
+	limit *limiter
+	last  time.Time
+	told  map[cause]*telling
 }
 
 // cause is who is refused and why, without the numbers in the text: ports and process ids change each time.
@@ -72,8 +84,31 @@ type telling struct {
 	dropped int
 }
 
-func newRefusals() *refusals {
-	return &refusals{limit: newLimiter(20, 1), again: toldAgain, told: map[cause]*telling{}}
+func newRefusals(again time.Duration, burst, perSecond float64) *refusals {
+	r := &refusals{again: again, burst: burst, perSecond: perSecond, peers: map[identity]*refused{}}
+	r.others = r.newPeer()
+	return r
+}
+
+func (r *refusals) newPeer() *refused {
+	return &refused{limit: newLimiter(r.burst, r.perSecond), told: map[cause]*telling{}}
+}
+
+// peer returns what is remembered of who. Precondition: r.mu is held.
+func (r *refusals) peer(who identity, now time.Time) *refused {
+	p := r.peers[who]
+	if p == nil {
+		if len(r.peers) == maxRefused {
+			maps.DeleteFunc(r.peers, func(_ identity, p *refused) bool { return now.Sub(p.last) > r.again })
+		}
+		if len(r.peers) == maxRefused {
+			return r.others
+		}
+		p = r.newPeer()
+		r.peers[who] = p
+	}
+	p.last = now
+	return p
 }
 
 // allow says whether to log that who is refused for err, and how many such lines were left out before.
@@ -81,21 +116,22 @@ func (r *refusals) allow(who identity, err error, now time.Time) (ok bool, dropp
 	c := cause{who, withoutNumbers(err.Error())}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	t := r.told[c]
+	p := r.peer(who, now)
+	t := p.told[c]
 	if t != nil && now.Sub(t.at) < r.again {
 		t.dropped++
 		return false, 0
 	}
-	if ok, dropped = r.limit.allow(now); !ok {
+	if ok, dropped = p.limit.allow(now); !ok {
 		return false, 0
 	}
 	if t != nil {
 		dropped += t.dropped
 	}
-	if len(r.told) == maxCauses {
-		clear(r.told)
+	if len(p.told) == maxCauses {
+		clear(p.told)
 	}
-	r.told[c] = &telling{at: now}
+	p.told[c] = &telling{at: now}
 	return true, dropped
 }
 

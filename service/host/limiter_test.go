@@ -5,6 +5,7 @@ package host
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,7 +14,7 @@ import (
 
 // A guest that dials again and again is one line, whatever its port; another cause or another guest is another.
 func TestRefusals(t *testing.T) {
-	r := newRefusals()
+	r := newRefusals(toldAgain, 20, 1)
 	now := time.Now()
 	who := identity{family: transport.Vsock, cid: 7}
 	for port := range 100 {
@@ -32,14 +33,33 @@ func TestRefusals(t *testing.T) {
 	if ok, dropped := r.allow(who, errors.New("port 1 is not root's"), now.Add(toldAgain)); !ok || dropped != 99 {
 		t.Errorf("later: %v, %d left out", ok, dropped)
 	}
+	// One that is refused for ever new causes hides no other.
+	many := func(who identity, lines int) {
+		t.Helper()
+		n := 0
+		for i := range 10 * maxCauses {
+			if ok, _ := r.allow(who, errors.New(strings.Repeat("x", i)), now); ok {
+				n++
+			}
+		}
+		if n != lines {
+			t.Errorf("%+v: %d lines, want %d", who, n, lines)
+		}
+	}
+	many(identity{family: transport.Vsock, cid: 9}, 20)
+	many(identity{family: transport.Vsock, cid: 10}, 20)
 	// What is remembered is bounded, and so is what is logged at once.
 	n := 0
-	for i := range 10 * maxCauses {
+	for i := range 10 * maxRefused {
 		if ok, _ := r.allow(identity{family: transport.Unix, uid: uint32(i)}, errors.New("no"), now); ok {
 			n++
 		}
 	}
-	if n > 20 || len(r.told) > maxCauses {
-		t.Errorf("%d lines, %d causes", n, len(r.told))
+	if n > maxRefused+20 || len(r.peers) > maxRefused {
+		t.Errorf("%d lines, %d peers", n, len(r.peers))
 	}
+	// Who comes when others have been quiet has a place again.
+	now = now.Add(2 * toldAgain)
+	many(identity{family: transport.Vsock, cid: 11}, 20)
+	many(identity{family: transport.Vsock, cid: 12}, 20)
 }

@@ -97,7 +97,7 @@ func newServer(c Config) *server {
 		log = slog.New(slog.DiscardHandler)
 	}
 	s := &server{
-		log: log, software: c.Software, times: defaultTimes, refused: newRefusals(), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
+		log: log, software: c.Software, times: defaultTimes, refused: newRefusals(toldAgain, 20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
 		limits:   confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
 		sessions: map[*session]bool{}, quotas: map[identity]quota{},
 		policy: policy{
