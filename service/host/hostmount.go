@@ -3,6 +3,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"crypto/hmac"
 	"crypto/rand"
@@ -120,7 +121,7 @@ func (ss *session) ask(ctx context.Context, c *control, g Guest, gm GuestMount) 
 		return nil, fmt.Errorf("the guest answered with %T", a)
 	}
 	if r.Errno != 0 {
-		return nil, fmt.Errorf("the guest refused: %s (%w)", r.Text, r.Errno)
+		return nil, fmt.Errorf("the guest refused: %s", cmp.Or(r.Text, r.Errno.Error())) // the text has the errno's
 	}
 	ss.mu.Lock()
 	defer ss.mu.Unlock()

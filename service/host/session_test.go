@@ -224,8 +224,10 @@ func TestHostAsks(t *testing.T) {
 	if diff := cmp.Diff(&wire.MountAsk{ID: ask.ID, Tag: "code", Dir: "/mnt/code", Options: []string{"ro"}}, ask); diff != "" {
 		t.Error(diff)
 	}
-	send(t, g.c, &wire.MountResult{ID: ask.ID, Errno: unix.ENOTEMPTY, Text: "/mnt/code is not empty"})
-	h.logs.wait("no mount at the guest", "not empty")
+	send(t, g.c, &wire.MountResult{ID: ask.ID, Errno: unix.ENOTEMPTY, Text: "/mnt/code: directory not empty"})
+	if line := h.logs.wait("no mount at the guest", "not empty"); strings.Count(line, "not empty") != 1 {
+		t.Errorf("the cause is told twice: %s", line)
+	}
 	mount := func() (*fuseConn, uint32) {
 		ask := want[*wire.MountAsk](t, g.c)
 		send(t, g.c, &wire.MountRequest{ID: 7, Tag: ask.Tag, Dir: ask.Dir})
