@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"encoding/binary"
+	"errors"
+	"io"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fuse"
+)
+
+// fakeDevice is a device whose kernel is the test: one packet a message, as /dev/fuse has it.
+func fakeDevice(t *testing.T) (dev *os.File, kernel int) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fds[1]) })
+	return os.NewFile(uintptr(fds[0]), "device"), fds[1]
+}
+
+func TestDevice(t *testing.T) {
+	f, kernel := fakeDevice(t)
+	d, err := newDevice(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ready, err := d.wait(1); ready || err != nil {
+		t.Errorf("wait with nothing there: %v, %v", ready, err)
+	}
+	unix.Write(kernel, []byte("request"))
+	if ready, err := d.wait(-1); !ready || err != nil {
+		t.Errorf("wait with a request there: %v, %v", ready, err)
+	}
+	unix.Read(d.fd, make([]byte, 16))
+	done := make(chan error)
+	go func() { _, err := d.wait(-1); done <- err }()
+	d.end()
+	if err := <-done; err != os.ErrClosed {
+		t.Errorf("wait after end: %v, want os.ErrClosed", err)
+	}
+	g, err := d.dup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.Close()
+	d.close()
+	if _, err := d.dup(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("dup after close: %v, want os.ErrClosed", err)
+	}
+}
+
+// A FORGET goes with the next request, in one write and before it, or by itself after a moment.
+func TestForgetsTravelTogether(t *testing.T) {
+	dev, kernel := fakeDevice(t)
+	a, b := streamPair(t)
+	p, err := NewPump(dev, a, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := make(chan error)
+	go func() { ran <- p.Run() }()
+	request := func(op fuse.Opcode, unique uint64) []byte {
+		body := make([]byte, 16)
+		m := fuse.Append(nil, &fuse.InHeader{Len: uint32(fuse.InHeaderSize + len(body)), Opcode: op, Unique: unique})
+		return append(m, body...)
+	}
+	uniques := func(n int) (got []uint64) {
+		buf := make([]byte, n*(fuse.InHeaderSize+16))
+		b.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := io.ReadFull(b, buf); err != nil {
+			t.Fatal(err)
+		}
+		for ; len(buf) > 0; buf = buf[fuse.InHeaderSize+16:] {
+			got = append(got, binary.LittleEndian.Uint64(buf[8:]))
+		}
+		return got
+	}
+	// Both are there before the pump can have looked twice, or the moment has passed: the order is the same.
+	unix.Write(kernel, request(fuse.OpForget, 1))
+	unix.Write(kernel, request(fuse.OpGetattr, 2))
+	if got := uniques(2); got[0] != 1 || got[1] != 2 {
+		t.Errorf("order %v, want 1, 2", got)
+	}
+	start := time.Now()
+	unix.Write(kernel, request(fuse.OpForget, 3))
+	if got := uniques(1); got[0] != 3 {
+		t.Errorf("got %v, want 3", got)
+	}
+	if waited := time.Since(start); waited < forgetDelay*time.Millisecond/2 {
+		t.Errorf("a FORGET by itself went out after %v: it did not wait for company", waited)
+	}
+	p.Close()
+	if err := <-ran; !errors.Is(err, os.ErrClosed) {
+		t.Errorf("Run: %v", err)
+	}
+}
