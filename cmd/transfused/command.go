@@ -62,14 +62,18 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 			if err != nil {
 				return &usageError{err}
 			}
-			return daemon(cmd.Context(), c, f)
+			log, err := f.log()
+			if err != nil {
+				return &usageError{err}
+			}
+			return daemon(cmd.Context(), c, log, f.debug)
 		},
 	}
 	cmd.SetVersionTemplate("transfused {{.Version}}\n")
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageHint(err) })
 	cmd.Args = func(_ *cobra.Command, args []string) error {
 		if len(args) > 0 {
-			return usageHint(fmt.Errorf("argument %q is not expected", args[0]))
+			return usageHint(fmt.Errorf("argument %q: no arguments are taken, only flags", args[0]))
 		}
 		return nil
 	}
@@ -131,23 +135,30 @@ func (f *flags) settings(given func(flag string) bool) (c guest.Config, err erro
 		if c.Pidfile, err = filepath.Abs(f.pidfile); err != nil {
 			return c, fmt.Errorf("pidfile: %w", err)
 		}
+		// It is written much later, when nobody looks any more.
+		if _, err := os.Stat(filepath.Dir(c.Pidfile)); err != nil {
+			return c, fmt.Errorf("pidfile: %w", config.Reason(err))
+		}
 	}
 	return c, c.Check()
 }
 
-// daemon runs the daemon until a signal ends it.
-func daemon(ctx context.Context, c guest.Config, f flags) error {
-	var out io.Writer = os.Stderr
-	if f.logfile != "" {
-		file, err := os.OpenFile(f.logfile, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
-		if err != nil {
-			return fmt.Errorf("log file: %w", err)
-		}
-		defer file.Close()
-		out = file
+// log opens what the log is written to until this process ends.
+func (f *flags) log() (*os.File, error) {
+	if f.logfile == "" {
+		return os.Stderr, nil
 	}
+	file, err := os.OpenFile(f.logfile, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
+	if err != nil {
+		return nil, fmt.Errorf("log file: %w", config.Reason(err))
+	}
+	return file, nil
+}
+
+// daemon runs the daemon until a signal ends it.
+func daemon(ctx context.Context, c guest.Config, out io.Writer, debug bool) error {
 	var level slog.LevelVar
-	if f.debug {
+	if debug {
 		level.Set(slog.LevelDebug)
 	}
 	c.Log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: &level}))

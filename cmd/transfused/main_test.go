@@ -111,9 +111,10 @@ func asUser(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	dir := ts.Getenv("S")
 	bin := filepath.Join(dir, "transfused")
-	b, err := os.ReadFile(self)
-	ts.Check(err)
-	ts.Check(os.WriteFile(bin, b, 0o755))
+	// By another process: a child that is started meanwhile would inherit a descriptor for writing, and keep this one
+	// from being executed (ETXTBSY).
+	ts.Check(exec.Command("cp", self, bin).Run())
+	ts.Check(os.Chmod(bin, 0o755))
 	ts.Check(os.Chmod(dir, 0o755))
 	cmd := exec.Command(bin, args...)
 	cmd.Dir = dir

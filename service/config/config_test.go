@@ -56,6 +56,9 @@ func TestRead(t *testing.T) {
 			}
 		})
 	}
+	if _, err := Read(t.TempDir(), &example{}); err == nil || !strings.Contains(err.Error(), "name a file") {
+		t.Error(err)
+	}
 	if _, err := Read("/no/such", &example{}); err == nil || !strings.Contains(err.Error(), "correct the path") {
 		t.Error(err)
 	}

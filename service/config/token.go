@@ -18,7 +18,7 @@ const minToken = 16
 func Token(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("token file: %w", reason(err))
+		return nil, fmt.Errorf("token file: %w", Reason(err))
 	}
 	defer f.Close()
 	fi, err := f.Stat()
@@ -30,7 +30,7 @@ func Token(path string) ([]byte, error) {
 	}
 	b, err := io.ReadAll(io.LimitReader(f, wire.MaxToken+3)) // with the end of its line, it is too long by one
 	if err != nil {
-		return nil, fmt.Errorf("token file: %w", err)
+		return nil, fmt.Errorf("token file: %w", Reason(err))
 	}
 	token := bytes.TrimRight(b, "\r\n")
 	if len(token) < minToken || len(token) > wire.MaxToken {

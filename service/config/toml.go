@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"syscall"
 
 	"github.com/BurntSushi/toml"
 )
@@ -18,7 +19,7 @@ type File struct{ path, text string }
 func Read(path string, v any) (*File, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
-		return nil, reason(err)
+		return nil, Reason(err)
 	}
 	f := &File{path, string(text)}
 	meta, err := toml.Decode(f.text, v)
@@ -61,11 +62,13 @@ func lineOf(text string, key []string) int {
 	return line
 }
 
-// reason puts the mend to an error of a file.
-func reason(err error) error {
+// Reason puts the mend to an error of a file.
+func Reason(err error) error {
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("%w: correct the path or make it", err)
+	case errors.Is(err, syscall.EISDIR):
+		return fmt.Errorf("%w: name a file", err)
 	case errors.Is(err, os.ErrPermission):
 		return fmt.Errorf("%w: run as a user who may read it", err)
 	}

@@ -95,14 +95,21 @@ func (c *Config) Check() error {
 	if c.Socket.Family == transport.Hybrid {
 		return fmt.Errorf("socket %s: hybrid: addresses are the host's; inside the VM it is vsock:any:PORT", c.Socket)
 	}
+	roots, err := cleanRoots(c.MountRoots)
+	if err != nil {
+		return err
+	}
 	dirs := make(map[string]string)
 	for _, m := range c.Mounts {
 		if err := m.Check(); err != nil {
 			return err
 		}
+		if err := checkPoint(m.Dir, roots); err != nil {
+			return fmt.Errorf("mount %s: %w", m.Tag, err)
+		}
 		dir := filepath.Clean(m.Dir)
 		if other, ok := dirs[dir]; ok {
-			return fmt.Errorf("mount %s: mount point %s is also that of %s", m.Tag, dir, other)
+			return fmt.Errorf("mount %s: mount point %s is also that of %s: give each a directory of its own", m.Tag, dir, other)
 		}
 		dirs[dir] = m.Tag
 	}

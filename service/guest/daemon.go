@@ -64,11 +64,6 @@ func Run(ctx context.Context, c Config) error {
 	if err != nil {
 		return err
 	}
-	for _, m := range c.Mounts {
-		if err := checkPoint(m.Dir, roots); err != nil {
-			return err
-		}
-	}
 	if len(c.Mounts) > 0 && os.Geteuid() != 0 {
 		if _, err := findFusermount(c.Fusermount); err != nil {
 			return err

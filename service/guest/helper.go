@@ -335,14 +335,14 @@ func cleanRoots(roots []string) ([]string, error) {
 	var clean []string
 	for _, r := range roots {
 		if !filepath.IsAbs(r) {
-			return nil, fmt.Errorf("mount root %q: an absolute path is wanted", r)
+			return nil, fmt.Errorf("--mount-root %q: an absolute path is wanted", r)
 		}
 		p, err := filepath.EvalSymlinks(r)
 		if errors.Is(err, os.ErrNotExist) {
 			p, err = filepath.Clean(r), nil
 		}
 		if err != nil {
-			return nil, fmt.Errorf("mount root: %w", err)
+			return nil, fmt.Errorf("--mount-root: %w: name a directory", err)
 		}
 		clean = append(clean, p)
 	}

@@ -47,7 +47,7 @@ func ParseMountOptions(options []string) (MountOptions, error) {
 				}
 				o.MaxRead = uint32(n)
 			case has:
-				return o, fmt.Errorf("mount option %q is not known", opt)
+				return o, unknownOption(opt)
 			default:
 				if err := o.set(key); err != nil {
 					return o, err
@@ -92,9 +92,17 @@ func (o *MountOptions) set(key string) error {
 	case "default_permissions":
 		o.DefaultPermissions = true
 	default:
-		return fmt.Errorf("mount option %q is not known", key)
+		return unknownOption(key)
 	}
 	return nil
+}
+
+// knownOptions are those that ParseMountOptions takes and that have an effect.
+const knownOptions = "ro, rw, suid, nosuid, dev, nodev, exec, noexec, atime, noatime, relatime, sync, async, dirsync, " +
+	"allow_other, default_permissions, fsname=NAME, max_read=BYTES"
+
+func unknownOption(o string) error {
+	return fmt.Errorf("mount option %q is not known: there are %s", o, knownOptions)
 }
 
 // hostOptions are those of a list that a host of version 2 has a say in: ro or rw, the last of which counts. It refuses others.

@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -24,5 +25,15 @@ func TestHostOptions(t *testing.T) {
 				t.Error(diff)
 			}
 		})
+	}
+}
+
+func TestKnownOptions(t *testing.T) {
+	known := strings.NewReplacer("NAME", "x", "BYTES", "65536").Replace(knownOptions)
+	if _, err := ParseMountOptions(strings.Split(known, ", ")); err != nil {
+		t.Error(err)
+	}
+	if _, err := ParseMountOptions([]string{"foo"}); err == nil || !strings.HasSuffix(err.Error(), knownOptions) {
+		t.Error(err)
 	}
 }

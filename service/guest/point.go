@@ -74,7 +74,7 @@ func checkPoint(dir string, roots []string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("mount point %s: %w: it is not below %s (--mount-root)", dir, unix.EPERM, strings.Join(roots, " or "))
+	return fmt.Errorf("mount point %s: %w: it is not below %s: choose a directory there, or give transfused another --mount-root", dir, unix.EPERM, strings.Join(roots, " or "))
 }
 
 // below says whether path is strictly below root; both are clean.
@@ -164,7 +164,13 @@ func pointError(dir, at string, err error) error {
 	case errors.Is(err, unix.ENOTEMPTY):
 		mend = ": mount over an empty directory, or one that does not exist"
 	case errors.Is(err, unix.ELOOP), errors.Is(err, unix.ENOTDIR):
-		mend = ": " + at + " is no directory, or a symbolic link; name the real path"
+		// The last name may be a link and be reported as no directory.
+		var st unix.Stat_t
+		if unix.Lstat(at, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFLNK {
+			mend = ": " + at + " is a symbolic link; name the directory that it leads to"
+		} else {
+			mend = ": " + at + " is a file; name a directory, or a path that does not exist"
+		}
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		mend = ": make " + at + " for this user, or run as root"
 	case errors.Is(err, unix.ENOTCONN):
