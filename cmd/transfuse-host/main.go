@@ -15,6 +15,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"transfused.org/transfused/service/host"
 	"transfused.org/transfused/service/ipc"
@@ -90,11 +91,10 @@ tables [export.TAG] with dir and the options above, and tables [guest.NAME] with
 Flags win: --listen replaces the file's list; an --export or --guest replaces the one of
 the same tag or address.
 
-Exit status: 0 ended in order (SIGINT, SIGTERM); 1 failed at run time; 2 a mistake in flags or configuration.`,
+Exit codes: 0 ended in order (SIGINT, SIGTERM), 1 failed at run time, 2 bad usage or configuration.`,
 		Example: `  transfuse-host --listen unix:/tmp/h.sock --export code=/usr/share,ro
   transfuse-host --listen vsock:any:1524 --export code=/srv/code,guests=7 --guest vsock:7:1525 --mount code=/mnt/code`,
 		Version:           version,
-		Args:              cobra.NoArgs,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
@@ -106,10 +106,28 @@ Exit status: 0 ended in order (SIGINT, SIGTERM); 1 failed at run time; 2 a mista
 			return serve(c, debug)
 		},
 	}
+	cmd.SetVersionTemplate("transfuse-host {{.Version}}\n")
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		// The value is in what our parsers say.
+		if bad := (*pflag.InvalidValueError)(nil); errors.As(err, &bad) {
+			if _, ours := bad.GetFlag().Value.(settable); ours {
+				return fmt.Errorf("--%s: %w", bad.GetFlag().Name, errors.Unwrap(bad))
+			}
+		}
+		return usageHint(err)
+	})
+	cmd.Args = func(_ *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return usageHint(fmt.Errorf("argument %q: no arguments are taken, only flags", args[0]))
+		}
+		return nil
+	}
 	f.define(cmd.Flags())
 	cmd.SetArgs(args)
 	return cmd
 }
+
+func usageHint(err error) error { return fmt.Errorf("%w (transfuse-host --help)", err) }
 
 func serve(c host.Config, debug bool) error {
 	level := slog.LevelInfo
