@@ -231,7 +231,7 @@ func TestLog(t *testing.T) {
 	guest := r.guest("--mount", "code="+r.mnt, "--mount", "nothing="+r.mnt+"2")
 	guest.await("waiting for the host")
 	first := r.host("")
-	guest.await("no export nothing for this guest, there are code: no such file or directory")
+	guest.await("no export nothing for this guest (no such file or directory): there are code")
 	r.mounted(r.mnt)
 	first.stop(unix.SIGINT)
 	r.unmounted(r.mnt)

@@ -243,7 +243,7 @@ func (ss *session) tryMount(r *wire.MountRequest) (*mount, error) {
 		for _, x := range ss.srv.visible(ss.peer) {
 			tags = append(tags, x.Tag)
 		}
-		return nil, fmt.Errorf("no export %s for this guest, there are %s: %w", quote(r.Tag), cmp.Or(strings.Join(tags, ", "), "none"), unix.ENOENT)
+		return nil, fmt.Errorf("no export %s for this guest (%w): there are %s", quote(r.Tag), unix.ENOENT, cmp.Or(strings.Join(tags, ", "), "none"))
 	}
 	for _, o := range r.Options {
 		switch o {

@@ -132,6 +132,9 @@ func Run(ctx context.Context, c Config) error {
 		}
 		ls = append(ls, l)
 	}
+	for _, w := range c.warnings() {
+		s.log.Warn(w)
+	}
 	s.serve(ctx, ls)
 	return nil
 }
@@ -163,6 +166,11 @@ func (s *server) serve(ctx context.Context, ls []*transport.Listener) {
 	}
 	for _, l := range ls {
 		s.log.Info("listening", "address", l.Addr().String())
+	}
+	for _, g := range s.guests {
+		s.log.Info("waiting for the guest at " + g.Addr.String())
+	}
+	for _, l := range ls {
 		s.wg.Go(func() { s.accept(ctx, l) })
 	}
 	<-ctx.Done()
