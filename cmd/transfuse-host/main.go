@@ -76,7 +76,7 @@ Addresses:
 Options of an export (a comma in a directory is written \,):
   ro                           read-only
   guests=CID|PATH|any          who may mount it; may be repeated. Without it: over a
-                               Unix socket, the user who runs this server, and root
+                               Unix socket, the user who runs this server, and root; over vsock, nobody
   root=owner|trust             the guest's root is the directory's owner (default), or root
   uidmap=, gidmap=GUEST:HOST:COUNT   may be repeated
   squash=UID:GID               everybody in the guest is that user here

@@ -77,6 +77,7 @@ func TestUnmount(t *testing.T) {
 	t.Run("the host asked, in the guest", func(t *testing.T) {
 		r := newRig(t, 0)
 		host := r.host("", "--guest", r.address("g"), "--mount", "code="+r.mnt)
+		host.await("waiting for the guest at " + r.address("g"))
 		guest := r.guest()
 		r.mounted(r.mnt)
 		host.await("msg=mounted")

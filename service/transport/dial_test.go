@@ -238,7 +238,7 @@ func TestDialWithoutPermission(t *testing.T) {
 	}
 	unprivileged(t, func() {
 		_, err := Dial(t.Context(), l.Addr())
-		if !errors.Is(err, unix.EACCES) || !strings.HasSuffix(err.Error(), ": permission denied; run as the socket's owner or as root") {
+		if !errors.Is(err, unix.EACCES) || !strings.HasSuffix(err.Error(), ": permission denied; run as the socket's owner or as root, or have the owner chmod it") {
 			t.Errorf("Dial = %v, want EACCES explained", err)
 		}
 	})

@@ -77,7 +77,7 @@ func dialText(a Addr, errno syscall.Errno) string {
 	case unix.ENOTSOCK, unix.EPROTOTYPE:
 		return "no stream socket; check the path"
 	case unix.EACCES, unix.EPERM:
-		return "permission denied; run as the socket's owner or as root"
+		return "permission denied; run as the socket's owner or as root, or have the owner chmod it"
 	case unix.EAGAIN:
 		return "its queue of connections is full; try again"
 	}
