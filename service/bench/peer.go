@@ -125,6 +125,10 @@ func (p *peer) unmount() error {
 		errs = append(errs, fmt.Errorf("unmount %s: %w: %s", p.name, err, bytes.TrimSpace(out)))
 		detach(p.dir)
 	}
+	wait := patience
+	if p.name != ours {
+		wait = time.Second // bindfs now and then stays after its unmounting: not our failure, and no figure's
+	}
 	for i := len(p.procs) - 1; i >= 0; i-- {
 		pr := p.procs[i]
 		if pr != last {
@@ -132,10 +136,9 @@ func (p *peer) unmount() error {
 		}
 		select {
 		case <-pr.done:
-		case <-time.After(patience):
+		case <-time.After(wait):
 			pr.cmd.Process.Kill()
 			<-pr.done
-			// bindfs and sshfs now and then stay after their unmounting: not our failure, and no figure's.
 			if p.name == ours {
 				errs = append(errs, fmt.Errorf("%s did not end:\n%s", pr.name, &pr.log))
 			}
