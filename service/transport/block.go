@@ -5,6 +5,8 @@ package transport
 import (
 	"os"
 	"runtime"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -42,4 +44,21 @@ const blockingProcs = 16
 // start.
 func PrepareBlocking() {
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), blockingProcs))
+}
+
+// yieldTime is below what the scheduler lets a goroutine run without having a look at it (forcePreemptNS, 10 ms).
+const yieldTime = 8 * time.Millisecond
+
+// yielder has a goroutine that does nothing but short system calls go through the scheduler now and then. To the
+// runtime (Go 1.26, retake in runtime/proc.go) it has otherwise been running all that time: its monitor then takes the P
+// away in every system call and looks again each 20 µs, which cost as much as all the rest of a message.
+type yielder struct{ last atomic.Int64 } // ns since began
+
+var began = time.Now()
+
+func (y *yielder) yield() {
+	if now := int64(time.Since(began)); now-y.last.Load() >= int64(yieldTime) {
+		y.last.Store(now)
+		runtime.Gosched()
+	}
 }

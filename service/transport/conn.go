@@ -24,7 +24,8 @@ type Conn struct {
 	raw  syscall.RawConn // of f, made once: safe beside Close, as f.Fd is not
 	peer Peer
 
-	blocking bool // set before the Conn is shared
+	blocking         bool // set before the Conn is shared
+	reading, writing yielder
 }
 
 var _ io.ReadWriteCloser = (*Conn)(nil)
@@ -48,6 +49,9 @@ func NewConn(f *os.File, peer Peer) *Conn {
 
 // Read reads what is there, at most len(b) bytes, or waits for it.
 func (c *Conn) Read(b []byte) (int, error) {
+	if c.blocking {
+		c.reading.yield()
+	}
 	n, err := c.f.Read(b)
 	if err != nil && errors.Is(err, unix.ENOTCONN) {
 		// A vsock socket that was shut down here and then closed by its
@@ -59,7 +63,12 @@ func (c *Conn) Read(b []byte) (int, error) {
 
 // Write writes all of b, or fails. Other Writes wait, so that messages do not
 // mix. After an error the stream may end in the middle of a message.
-func (c *Conn) Write(b []byte) (int, error) { return c.f.Write(b) }
+func (c *Conn) Write(b []byte) (int, error) {
+	if c.blocking {
+		c.writing.yield()
+	}
+	return c.f.Write(b)
+}
 
 // Close closes the descriptor and wakes Read and Write, with os.ErrClosed or, of a blocking Conn, io.EOF.
 func (c *Conn) Close() error {
