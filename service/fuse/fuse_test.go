@@ -23,6 +23,7 @@ func TestSizes(t *testing.T) {
 		{"fuse_statx", unsafe.Sizeof(Statx{}), 256},
 		{"fuse_kstatfs", unsafe.Sizeof(Kstatfs{}), 80},
 		{"fuse_file_lock", unsafe.Sizeof(FileLock{}), 24},
+		{"AheadOut", unsafe.Sizeof(AheadOut{}), 120},
 		{"fuse_entry_out", unsafe.Sizeof(EntryOut{}), 128},
 		{"fuse_forget_in", unsafe.Sizeof(ForgetIn{}), 8},
 		{"fuse_forget_one", unsafe.Sizeof(ForgetOne{}), 16},

@@ -98,6 +98,16 @@ type AttrOut struct {
 	Attr          Attr
 }
 
+// AheadCode stands in OutHeader.Error, with Unique 0, before an AheadOut.
+const AheadCode = 0x7466
+
+// AheadOut is not the kernel's but transfuse's own: the host tells the attributes of a directory with the reply of a
+// request that changed it, before the guest's kernel asks for them. Unique and NodeID are those of the request.
+type AheadOut struct {
+	Unique, NodeID uint64
+	Attr           AttrOut
+}
+
 // StatxIn is the body of STATX (7.39).
 type StatxIn struct {
 	GetattrFlags, Reserved uint32

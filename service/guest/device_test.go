@@ -61,7 +61,7 @@ func TestDevice(t *testing.T) {
 func TestForgetsTravelTogether(t *testing.T) {
 	dev, kernel := fakeDevice(t)
 	a, b := streamPair(t)
-	p, err := NewPump(dev, a, nil)
+	p, err := NewPump(dev, a, PumpOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -78,7 +78,7 @@ func FuzzReplies(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p, err := NewPump(null, duplex{bytes.NewReader(b), io.Discard}, nil)
+		p, err := NewPump(null, duplex{bytes.NewReader(b), io.Discard}, PumpOptions{Ahead: true})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -43,6 +43,7 @@ type mountAsk struct {
 	conn    *transport.Conn
 	wireID  uint32
 	version uint16
+	noFlush bool
 }
 
 // mount mounts and starts the pump. It owns the stream, also when it fails.
@@ -75,7 +76,7 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 		return nil, err
 	}
 	log := d.log.With("dir", m.dir)
-	if m.pump, err = startPump(a.file, q.conn, log); err != nil {
+	if m.pump, err = startPump(a.file, q.conn, PumpOptions{Ahead: q.version >= wire.Version2, NoFlush: q.noFlush, Log: log}); err != nil {
 		d.detach(m)
 		d.gone()
 		return nil, err
@@ -109,13 +110,13 @@ func (d *daemon) gone() {
 }
 
 // startPump makes a pump that waits in system calls.
-func startPump(dev *os.File, conn *transport.Conn, log *slog.Logger) (*Pump, error) {
+func startPump(dev *os.File, conn *transport.Conn, o PumpOptions) (*Pump, error) {
 	if err := conn.Block(); err != nil {
 		dev.Close()
 		conn.Close()
 		return nil, err
 	}
-	return NewPump(dev, conn, log)
+	return NewPump(dev, conn, o)
 }
 
 // detach takes away a mount that has no pump, so that nobody meets ENOTCONN or waits in it.
@@ -237,7 +238,7 @@ func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o Mou
 	if r.MaxWrite >= 4096 && r.MaxWrite < MaxData {
 		o.MaxRead = r.MaxWrite
 	}
-	m, err := d.mount(ctx, mountAsk{dir: spec.Dir, tag: spec.Tag, options: o, conn: conn, wireID: r.MountID, version: wire.Version2})
+	m, err := d.mount(ctx, mountAsk{dir: spec.Dir, tag: spec.Tag, options: o, conn: conn, wireID: r.MountID, version: wire.Version2, noFlush: r.NoFlush})
 	if err != nil {
 		var h *helperError
 		if errors.As(err, &h) {

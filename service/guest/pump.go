@@ -45,11 +45,12 @@ type Stats struct {
 	Requests, Replies     uint64 // messages from and to the device
 	RequestBytes, RxBytes uint64 // bytes of them
 	Dropped               uint64 // replies that nobody waited for (ENOENT)
+	Answered              uint64 // requests that were answered here
 	Minor, MaxWrite       uint32 // what INIT agreed; 0 before
 }
 
-// Pump carries FUSE messages between one mount's device and one stream. It reads the headers and INIT and
-// nothing else: meaning is the server's business.
+// Pump carries FUSE messages between one mount's device and one stream. It reads the headers and INIT, and answers what
+// PumpOptions let it; meaning is the server's business otherwise.
 type Pump struct {
 	dev  *device
 	conn Stream
@@ -61,7 +62,10 @@ type Pump struct {
 	minor       atomic.Uint32
 	maxWrite    atomic.Uint32
 
-	requests, requestBytes, replied, replyBytes, dropped atomic.Uint64
+	requests, requestBytes, replied, replyBytes, dropped, answered atomic.Uint64
+
+	ahead     bool // the host may tell attributes ahead
+	shortcuts shortcuts
 
 	perf atomic.Pointer[recorder]
 
@@ -80,9 +84,17 @@ var (
 	ErrStream = errors.New("the stream to the host ended")
 )
 
+// PumpOptions are what the host allows a pump, and where it logs.
+type PumpOptions struct {
+	Ahead   bool // the host tells a directory's attributes after each change in it, and the pump answers GETATTR by them
+	NoFlush bool // the pump answers the FLUSH of a file that nobody has locked
+	Log     *slog.Logger
+}
+
 // NewPump makes a Pump of a mounted /dev/fuse that is non-blocking (Mount returns such a one) and of a stream on
 // which the next bytes are FUSE messages. It owns both from then on, also when it fails; Run closes them.
-func NewPump(dev *os.File, conn Stream, log *slog.Logger) (*Pump, error) {
+func NewPump(dev *os.File, conn Stream, o PumpOptions) (*Pump, error) {
+	log := o.Log
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
@@ -91,7 +103,8 @@ func NewPump(dev *os.File, conn Stream, log *slog.Logger) (*Pump, error) {
 		conn.Close()
 		return nil, err
 	}
-	p := &Pump{dev: d, conn: conn, log: log, maxReply: minReply, done: make(chan struct{})}
+	p := &Pump{dev: d, conn: conn, log: log, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{})}
+	p.shortcuts.noFlush, p.shortcuts.locked = o.NoFlush, map[uint64]struct{}{}
 	p.requestSize.Store(minRequest + headRoom + maxForgets)
 	return p, nil
 }
@@ -122,7 +135,7 @@ func (p *Pump) Done() <-chan struct{} { return p.done }
 func (p *Pump) Stats() Stats {
 	return Stats{
 		Requests: p.requests.Load(), RequestBytes: p.requestBytes.Load(),
-		Replies: p.replied.Load(), RxBytes: p.replyBytes.Load(), Dropped: p.dropped.Load(),
+		Replies: p.replied.Load(), RxBytes: p.replyBytes.Load(), Dropped: p.dropped.Load(), Answered: p.answered.Load(),
 		Minor: p.minor.Load(), MaxWrite: p.maxWrite.Load(),
 	}
 }
@@ -151,23 +164,28 @@ func prefaulted(size int) []byte {
 func (p *Pump) readRequests() error {
 	buf := prefaulted(int(p.requestSize.Load()))
 	held := 0 // bytes of FORGETs that wait at the beginning of buf
+	var h fuse.InHeader
 	for {
-		timeout := -1
-		if held > 0 {
-			timeout = forgetDelay
-		}
-		switch ready, err := p.dev.wait(timeout); {
-		case err == os.ErrClosed:
-			return err
-		case err != nil:
-			return fmt.Errorf("poll /dev/fuse: %w", err)
-		case !ready:
-			if _, err := p.conn.Write(buf[:held]); err != nil {
-				return fmt.Errorf("%w: %w", ErrStream, err)
+		// After a FORGET there is often something to read already.
+		if h.Opcode != fuse.OpForget {
+			timeout := -1
+			if held > 0 {
+				timeout = forgetDelay
 			}
-			held = 0
-			continue
+			switch ready, err := p.dev.wait(timeout); {
+			case err == os.ErrClosed:
+				return err
+			case err != nil:
+				return fmt.Errorf("poll /dev/fuse: %w", err)
+			case !ready:
+				if _, err := p.conn.Write(buf[:held]); err != nil {
+					return fmt.Errorf("%w: %w", ErrStream, err)
+				}
+				held = 0
+				continue
+			}
 		}
+		h.Opcode = 0
 		n, err := unix.Read(p.dev.fd, buf[held:])
 		switch err {
 		case nil:
@@ -196,7 +214,15 @@ func (p *Pump) readRequests() error {
 		if rec := p.perf.Load(); rec != nil {
 			rec.start(binary.LittleEndian.Uint64(msg[8:]))
 		}
-		switch op := fuse.Opcode(binary.LittleEndian.Uint32(msg[4:])); op {
+		body, _ := fuse.Decode(&h, msg) // it is long enough
+		if answer := p.shortcuts.request(&h, body); answer != nil {
+			p.answered.Add(1)
+			if err := p.write(answer, h.Unique); err != nil {
+				return err
+			}
+			continue
+		}
+		switch h.Opcode {
 		case fuse.OpInit:
 			p.initRequest(msg)
 		case fuse.OpForget, fuse.OpBatchForget:
@@ -259,6 +285,11 @@ func (p *Pump) readReplies() error {
 func (p *Pump) reply(msg []byte) error {
 	unique := binary.LittleEndian.Uint64(msg[8:])
 	if unique == 0 {
+		var a fuse.AheadOut
+		if rest, ok := fuse.Decode(&a, msg[fuse.OutHeaderSize:]); p.ahead && ok && len(rest) == 0 && binary.LittleEndian.Uint32(msg[4:]) == fuse.AheadCode {
+			p.shortcuts.told(&a)
+			return nil
+		}
 		// A notification waits for locks that are held by who waits for a reply: it has its own channel.
 		return fmt.Errorf("%w: notification %d in the stream of replies", ErrProtocol, int32(binary.LittleEndian.Uint32(msg[4:])))
 	}
@@ -267,6 +298,12 @@ func (p *Pump) reply(msg []byte) error {
 			return err
 		}
 	}
+	p.shortcuts.replied(unique)
+	return p.write(msg, unique)
+}
+
+// write writes one reply to the device. It returns an error only where the pump must end.
+func (p *Pump) write(msg []byte, unique uint64) error {
 	p.replied.Add(1)
 	p.replyBytes.Add(uint64(len(msg)))
 	if rec := p.perf.Load(); rec != nil {

@@ -170,7 +170,7 @@ func pumpTo(t testing.TB, s *tinyFS) (dir string, p *Pump, stop func() error) {
 		t.Fatal(err)
 	}
 	a, b := streamPair(t)
-	if p, err = NewPump(dev, a, nil); err != nil {
+	if p, err = NewPump(dev, a, PumpOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	served, ran := make(chan struct{}), make(chan error, 1)

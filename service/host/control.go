@@ -230,6 +230,7 @@ func (ss *session) requestMount(c *control, r *wire.MountRequest) {
 		}
 	} else {
 		reply.MountID, reply.ReadOnly, reply.MaxWrite, reply.Streams, reply.Source = m.id, m.export.ReadOnly, ss.write, 1, m.export.Tag
+		reply.NoFlush = m.noFlush
 	}
 	if c.send(reply) != nil && m != nil {
 		ss.drop(m, "the control channel was lost")

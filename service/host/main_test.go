@@ -350,6 +350,14 @@ func (f *fuseConn) call(op fuse.Opcode, node uint64, body []byte) ([]byte, unix.
 		return nil, 0, err
 	}
 	fuse.Decode(&out, b)
+	if out.Unique == 0 && out.Error == fuse.AheadCode { // goes before its reply
+		ahead := make([]byte, fuse.AheadOutSize+fuse.OutHeaderSize)
+		if _, err := io.ReadFull(f, ahead); err != nil {
+			return nil, 0, err
+		}
+		b = ahead[fuse.AheadOutSize:]
+		fuse.Decode(&out, b)
+	}
 	if out.Unique != f.unique || int(out.Len) < fuse.OutHeaderSize || out.Len > 2<<20 {
 		return nil, 0, fmt.Errorf("reply header %+v to request %d", out, f.unique)
 	}

@@ -62,6 +62,8 @@ type mount struct {
 	done   chan struct{}
 	told   chan struct{} // closed when the guest has said why it ended
 
+	noFlush bool // passthrough.NoFlush; set before anybody else has the mount
+
 	// Guarded by the session's mu.
 	asked   bool        // by the host
 	opened  bool        // its stream came
@@ -237,7 +239,7 @@ func (ss *session) addMount(e *Export, dir string) (*mount, error) {
 	m.timeout = time.AfterFunc(ss.srv.times.stream, func() { ss.drop(m, "no stream came for it") })
 	ss.mounts[m.id] = m
 	ss.mu.Unlock()
-	if err := w.mount(m.id, e); err != nil {
+	if m.noFlush, err = w.mount(m.id, e, ss.version >= wire.Version2); err != nil {
 		ss.mu.Lock()
 		if ss.mounts[m.id] == m {
 			ss.endLocked(m)

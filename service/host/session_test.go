@@ -45,7 +45,7 @@ func TestGuestAsks(t *testing.T) {
 		t.Errorf("read %q", got)
 	}
 	r := g.request("ro")
-	if want := (&wire.MountReply{ID: r.ID, MountID: r.MountID, ReadOnly: true, MaxWrite: 1 << 20, Streams: 1, Source: "ro"}); !cmp.Equal(want, r) {
+	if want := (&wire.MountReply{ID: r.ID, MountID: r.MountID, ReadOnly: true, MaxWrite: 1 << 20, Streams: 1, Source: "ro", NoFlush: r.NoFlush}); !cmp.Equal(want, r) {
 		t.Error(cmp.Diff(want, r))
 	}
 	if r.MountID == id {

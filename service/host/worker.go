@@ -38,6 +38,7 @@ type mountOrder struct {
 	MountID uint32
 	Tag     string
 	Options Options
+	Ahead   bool // passthrough.Config's
 }
 
 // streamOrder passes a stream. With Reply the worker begins it with an
@@ -177,7 +178,7 @@ func (w *worker) mount(o *mountOrder, root *os.File) error {
 		ReadOnly: o.Options.ReadOnly, Suid: o.Options.Suid, Dev: o.Options.Dev, ACL: o.Options.ACL,
 		RootAs: o.Options.Root, UIDs: o.Options.UIDs, GIDs: o.Options.GIDs, Squash: o.Options.Squash,
 		Submounts: o.Options.Submounts, Xattr: o.Options.Xattr, XattrMap: o.Options.XattrMap,
-		Log: w.log.With("tag", o.Tag),
+		Ahead: o.Ahead, Log: w.log.With("tag", o.Tag),
 	})
 	if err != nil {
 		return fmt.Errorf("export %s: %w", o.Tag, err)

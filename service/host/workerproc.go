@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/ipc"
+	"transfused.org/transfused/service/passthrough"
 	"transfused.org/transfused/service/transport"
 )
 
@@ -165,14 +166,14 @@ type workerError struct {
 func (e *workerError) Error() string { return e.text }
 func (e *workerError) Unwrap() error { return e.errno }
 
-func (w *workerProc) mount(id uint32, e *Export) error {
+func (w *workerProc) mount(id uint32, e *Export, ahead bool) (noFlush bool, err error) {
 	root, err := openExport(e)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer root.Close()
-	_, err = w.order(order{Mount: &mountOrder{id, e.Tag, e.Options}}, root)
-	return err
+	_, err = w.order(order{Mount: &mountOrder{id, e.Tag, e.Options, ahead}}, root)
+	return passthrough.NoFlush(root, e.Submounts), err
 }
 
 // stream passes c on. The caller still has c, closes it, and does nothing else

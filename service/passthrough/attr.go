@@ -27,9 +27,31 @@ func encodeDev(major, minor uint32) uint32 {
 }
 
 func (r *request) attrReply(n *node, st *unix.Statx_t) fuse.Errno {
-	out := fuse.AttrOut{AttrValid: r.fs.ttlSec, AttrValidNsec: r.fs.ttlNsec}
-	r.fs.setAttr(&out.Attr, n.ino, st)
+	out := r.fs.attrOut(n, st)
 	return reply(r, &out)
+}
+
+func (fs *FS) attrOut(n *node, st *unix.Statx_t) fuse.AttrOut {
+	out := fuse.AttrOut{AttrValid: fs.ttlSec, AttrValidNsec: fs.ttlNsec}
+	fs.setAttr(&out.Attr, n.ino, st)
+	return out
+}
+
+// tellAhead makes the message that goes before the reply to a request which changed names in its directory: the
+// attributes that the guest is about to ask for. It is nil if they can't be had, and the guest then asks.
+func (r *request) tellAhead() []byte {
+	n, e := r.self()
+	if e != 0 {
+		return nil
+	}
+	var st unix.Statx_t
+	if r.fs.stat(n, &st) != 0 {
+		return nil
+	}
+	b := r.ahead[:]
+	fuse.Put(b, &fuse.OutHeader{Len: uint32(len(b)), Error: fuse.AheadCode})
+	fuse.Put(b[fuse.OutHeaderSize:], &fuse.AheadOut{Unique: r.hdr.Unique, NodeID: n.id, Attr: r.fs.attrOut(n, &st)})
+	return b
 }
 
 func opGetattr(r *request) fuse.Errno {

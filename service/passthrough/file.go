@@ -3,6 +3,8 @@
 package passthrough
 
 import (
+	"os"
+
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
@@ -153,6 +155,23 @@ func opFlush(r *request) fuse.Errno {
 		return errnoOf(err)
 	}
 	return errnoOf(unix.Close(d))
+}
+
+// NoFlush tells whether FLUSH of an export's files does nothing but drop locks: its file systems have no flush of their
+// own (fs/*/file.c of Linux 6.18; network file systems have one, and report at close what they could not write).
+func NoFlush(root *os.File, submounts SubmountPolicy) bool {
+	if submounts != SubmountsHide {
+		return false // they may be of any kind
+	}
+	var st unix.Statfs_t
+	if unix.Fstatfs(int(root.Fd()), &st) != nil {
+		return false
+	}
+	switch st.Type {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.TMPFS_MAGIC, unix.RAMFS_MAGIC:
+		return true
+	}
+	return false
 }
 
 func opRelease(r *request) fuse.Errno {

@@ -42,6 +42,7 @@ type Config struct {
 	Xattr      XattrMode
 	XattrMap   []XattrRule
 
+	Ahead  bool          // tell the attributes of a changed directory ahead (fuse.AheadOut)
 	TTL    time.Duration // how long the guest may cache names and attributes; 0: one second
 	Limits *Limits       // shared by all mounts of one session; nil: defaults
 	ProcFD *os.File      // /proc/self/fd, not owned; nil: New opens it

@@ -10,6 +10,7 @@ type op struct {
 	serve  func(*request) fuse.Errno
 	writes bool // changes something: EROFS on a read-only export
 	slow   bool // may take long: another goroutine goes on reading meanwhile
+	names  bool // changes names in the directory that the request is about
 	moves  bool // data, perhaps much: the same, if there is something to read already
 }
 
@@ -29,16 +30,16 @@ var ops = [fuse.OpMax]op{
 	fuse.OpStatx:    {serve: opStatx},
 	fuse.OpReadlink: {serve: opReadlink},
 
-	fuse.OpMknod:   {serve: opMknod, writes: true},
-	fuse.OpMkdir:   {serve: opMkdir, writes: true},
-	fuse.OpSymlink: {serve: opSymlink, writes: true},
-	fuse.OpLink:    {serve: opLink, writes: true},
-	fuse.OpCreate:  {serve: opCreate, writes: true},
+	fuse.OpMknod:   {serve: opMknod, writes: true, names: true},
+	fuse.OpMkdir:   {serve: opMkdir, writes: true, names: true},
+	fuse.OpSymlink: {serve: opSymlink, writes: true, names: true},
+	fuse.OpLink:    {serve: opLink, writes: true, names: true},
+	fuse.OpCreate:  {serve: opCreate, writes: true, names: true},
 	fuse.OpTmpfile: {serve: opTmpfile, writes: true},
-	fuse.OpUnlink:  {serve: opUnlink, writes: true},
-	fuse.OpRmdir:   {serve: opRmdir, writes: true},
-	fuse.OpRename:  {serve: opRename, writes: true},
-	fuse.OpRename2: {serve: opRename2, writes: true},
+	fuse.OpUnlink:  {serve: opUnlink, writes: true, names: true},
+	fuse.OpRmdir:   {serve: opRmdir, writes: true, names: true},
+	fuse.OpRename:  {serve: opRename, writes: true, names: true},
+	fuse.OpRename2: {serve: opRename2, writes: true, names: true},
 
 	fuse.OpOpen:    {serve: opOpen},
 	fuse.OpRead:    {serve: opRead, moves: true},

@@ -30,6 +30,7 @@ type request struct {
 	outBuf   *buffer // out, where it does not fit outSmall
 	inSmall  [4096]byte
 	outSmall [1024]byte
+	ahead    [fuse.OutHeaderSize + fuse.AheadOutSize]byte
 }
 
 // node finds a node by id and keeps it, and its descriptor, until the request ends.

@@ -245,21 +245,25 @@ func (s *stream) answer(r *request, op *op, keep bool) {
 	if e != 0 {
 		r.out = r.out[:fuse.OutHeaderSize]
 	}
-	s.reply(r.out, r.hdr.Unique, e, keep)
+	var first []byte
+	if e == 0 && op.names && s.fs.c.Ahead {
+		first = r.tellAhead()
+	}
+	s.reply(first, r.out, r.hdr.Unique, e, keep)
 	r.release()
 }
 
-// reply writes b, which begins with room for the header, and what was kept before it; or keeps it.
-func (s *stream) reply(b []byte, unique uint64, e fuse.Errno, keep bool) {
+// reply writes b, which begins with room for the header, and before it first and what was kept; or keeps all that.
+func (s *stream) reply(first, b []byte, unique uint64, e fuse.Errno, keep bool) {
 	if e > fuse.MaxErrno {
 		e = unix.EIO
 	}
 	fuse.Put(b, &fuse.OutHeader{Len: uint32(len(b)), Error: -int32(e), Unique: unique})
 	s.outMu.Lock()
 	defer s.outMu.Unlock()
-	fits := len(s.out)+len(b) <= cap(s.out)
-	if fits && (keep || len(s.out) > 0) {
-		s.out = append(s.out, b...)
+	fits := len(s.out)+len(first)+len(b) <= cap(s.out)
+	if fits && (keep || len(s.out)+len(first) > 0) {
+		s.out = append(append(s.out, first...), b...)
 		b = nil
 	}
 	if !keep || !fits {
@@ -288,7 +292,7 @@ func (s *stream) flushLocked() {
 // replier is for an operation that returns later: it is to be called once, from anywhere, with the errno.
 func (r *request) replier() func(fuse.Errno) {
 	s, unique := r.s, r.hdr.Unique
-	return func(e fuse.Errno) { s.reply(make([]byte, fuse.OutHeaderSize), unique, e, false) }
+	return func(e fuse.Errno) { s.reply(nil, make([]byte, fuse.OutHeaderSize), unique, e, false) }
 }
 
 func (s *stream) run(r *request, op *op) fuse.Errno {

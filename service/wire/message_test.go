@@ -42,7 +42,7 @@ func samples() []Message {
 		&ExportsRequest{ID: 1},
 		&ExportsReply{ID: 1, More: true, Exports: []ExportInfo{{Tag: "tag", ReadOnly: true, Text: "text"}}},
 		&MountRequest{ID: 1, Tag: "tag", Dir: "/m", Options: []string{"ro"}},
-		&MountReply{ID: 1, Errno: syscall.ENOENT, Text: "text", MountID: 2, ReadOnly: true, MaxWrite: 1 << 17, Streams: 1, Source: "source"},
+		&MountReply{ID: 1, Errno: syscall.ENOENT, Text: "text", MountID: 2, ReadOnly: true, MaxWrite: 1 << 17, Streams: 1, Source: "source", NoFlush: true},
 		&MountAsk{ID: 1, Tag: "tag", Dir: "/m", Options: []string{"ro"}},
 		&MountResult{ID: 1, MountID: 2, Errno: syscall.ENOTEMPTY, Text: "text"},
 		&Unmounted{MountID: 2, Reason: ReasonStreamLost, Text: "text"},

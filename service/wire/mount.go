@@ -76,6 +76,7 @@ type MountReply struct {
 	MaxWrite uint32 // bytes of data in one READ or WRITE of this mount, at most
 	Streams  uint16 // how many the guest has to open, at least 1
 	Source   string // what the mount table shows as its source
+	NoFlush  bool   // FLUSH only drops locks: the guest may answer it where there are none
 }
 
 // Type is TypeMountReply.
@@ -90,6 +91,7 @@ func (m *MountReply) fields(c *codec) {
 	c.u32("max_write", &m.MaxWrite)
 	c.u16("streams", &m.Streams)
 	c.str("source", &m.Source, MaxName)
+	c.bool("no_flush", &m.NoFlush)
 }
 
 // MountAsk asks the guest to mount the export named Tag at Dir. The guest
