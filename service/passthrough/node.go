@@ -38,16 +38,17 @@ type node struct {
 
 	// Guarded by FS.mu.
 
-	nlookup uint64    // references of the guest's kernel
-	pins    int       // requests under way and open handles: the descriptor stays
-	kids    int       // nodes whose parent is this one
-	parent  *node     // with name, where it was last seen; nil when it is gone from there
-	name    string    //
-	fd      int       // O_PATH, or -1
-	handle  []byte    // its file handle, taken when the descriptor was closed
-	opens   []*handle // of the guest
-	removed bool      // by the guest, with a descriptor kept for it
-	used    bool      // in FS.lru
+	nlookup uint64        // references of the guest's kernel
+	pins    int           // requests under way and open handles: the descriptor stays
+	kids    int           // nodes whose parent is this one
+	parent  *node         // with name, where it was last seen; nil when it is gone from there
+	name    string        //
+	fd      int           // O_PATH, or -1
+	handle  []byte        // its file handle, taken when the descriptor was closed
+	opens   []*handle     // of the guest
+	removed bool          // by the guest, with a descriptor kept for it, or last
+	last    *unix.Statx_t // what it was when it was removed, if nothing else of it is left
+	used    bool          // in FS.lru
 
 	next, prev *node
 }

@@ -133,6 +133,11 @@ func (fs *FS) counted(open func() (int, fuse.Errno)) (int, fuse.Errno) {
 func (fs *FS) stat(n *node, st *unix.Statx_t) fuse.Errno {
 	fs.mu.Lock()
 	fd, parent, name := n.fd, n.parent, n.name
+	if n.last != nil {
+		*st = *n.last
+		fs.mu.Unlock()
+		return 0
+	}
 	byName := fd < 0 && parent != nil && n.handle == nil && len(n.opens) == 0
 	if byName {
 		parent.pins++

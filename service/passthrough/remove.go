@@ -21,36 +21,51 @@ func (r *request) remove(flags int) fuse.Errno {
 	if e != 0 {
 		return e
 	}
-	victim := r.keep(dir, name)
+	victim, last := r.keep(dir, name)
 	if e := unlinkat(dir, name, flags); e != 0 {
 		return e
 	}
-	r.lost(victim, parent, name)
+	r.lost(victim, last, parent, name)
 	return 0
 }
 
-// keep finds the node under a name that is about to go, and sees to it that it has a descriptor: the guest may still use it
-// (as its working directory, for instance), and no name will lead to it. nil: the guest does not know it.
-func (r *request) keep(dir int, name cname) *node {
+// keep finds the node under a name that is about to go, and sees to it that it can still be used, since no name will lead to
+// it: a directory may be somebody's working directory, and another name of a file may be known. Of a file's last name,
+// where nobody has the file open, only the attributes stay: with those the guest's kernel can do no more than look at it,
+// and a descriptor for each file of a tree that is removed would cost more than the removal. nil: the guest does not know it.
+func (r *request) keep(dir int, name cname) (n *node, last *unix.Statx_t) {
 	var st unix.Statx_t
 	if statxAt(dir, name, &st) != 0 {
-		return nil // the system call will say it better
+		return nil, nil // the system call will say it better
 	}
-	n := r.known(&st)
-	if n != nil {
-		_, _ = n.path() // without, the guest gets ESTALE from then on
+	if n = r.known(&st); n == nil {
+		return nil, nil
 	}
-	return n
+	if st.Nlink == 1 && n.typ != unix.S_IFDIR {
+		n.fs.mu.Lock()
+		unused := n.fd < 0 && len(n.opens) == 0
+		n.fs.mu.Unlock()
+		if unused {
+			st.Nlink = 0
+			return n, &st
+		}
+	}
+	_, _ = n.path() // without, the guest gets ESTALE from then on
+	return n, nil
 }
 
-// lost notes that the guest has removed n, which may be nil, from under a name.
-func (r *request) lost(n, parent *node, name cname) {
+// lost notes that the guest has removed what keep returned from under a name.
+func (r *request) lost(n *node, last *unix.Statx_t, parent *node, name cname) {
 	if n == nil {
 		return
 	}
 	fs := r.fs
 	fs.mu.Lock()
 	n.removed = true
+	if last != nil && n.fd < 0 && len(n.opens) == 0 {
+		n.last = last
+		delete(fs.keys, n.key) // its number is free for another
+	}
 	if n.parent == parent && name.is(n.name) {
 		fs.move(n, nil, "")
 	}
