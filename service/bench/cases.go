@@ -113,7 +113,12 @@ func measureAll(ctx context.Context, mode string, c config) (res *modeResult, er
 				if err := ctx.Err(); err != nil {
 					return nil, err
 				}
-				v, err := b.run(ctx, p, round)
+				run := func() (float64, error) { return b.run(ctx, p, round) }
+				if b.unit == micros {
+					inner := run
+					run = func() (float64, error) { return undisturbed(inner) }
+				}
+				v, err := run()
 				if err != nil {
 					return nil, fmt.Errorf("%s on %s: %w", b.name, p.name, err)
 				}
@@ -143,9 +148,10 @@ func getattr(_ context.Context, p *peer, _ int) (float64, error) {
 	}
 	defer unix.Close(fd)
 	var st unix.Statx_t
+	var empty byte
 	call := func(n int) error {
 		for range n {
-			if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_FORCE_SYNC, unix.STATX_BASIC_STATS, &st); err != nil {
+			if err := rawStatx(fd, &empty, unix.AT_EMPTY_PATH|unix.AT_STATX_FORCE_SYNC, &st); err != nil {
 				return err
 			}
 		}
@@ -177,7 +183,7 @@ func read4k(_ context.Context, p *peer, round int) (float64, error) {
 	n := p.c.Scale.Reads
 	start := time.Now()
 	for range n {
-		if m, err := unix.Pread(fd, buf, r.Int64N(pages)*4096); err != nil || m != 4096 {
+		if m, err := rawPread(fd, buf, r.Int64N(pages)*4096); err != nil || m != 4096 {
 			return 0, fmt.Errorf("read %d bytes: %w", m, err)
 		}
 	}
@@ -190,11 +196,15 @@ func coldStat(_ context.Context, p *peer, _ int) (float64, error) {
 	for i := range names {
 		names[i] = filepath.Join(p.dir, fmt.Sprintf("stat/d%03d/file%05d", i/filesPerDir, i))
 	}
-	var st unix.Stat_t
+	ptrs, err := cstrings(names)
+	if err != nil {
+		return 0, err
+	}
+	var st unix.Statx_t
 	start := time.Now()
-	for _, name := range names {
-		if err := unix.Lstat(name, &st); err != nil {
-			return 0, fmt.Errorf("stat %s: %w", name, err)
+	for i, name := range ptrs {
+		if err := rawStatx(unix.AT_FDCWD, name, unix.AT_SYMLINK_NOFOLLOW, &st); err != nil {
+			return 0, fmt.Errorf("stat %s: %w", names[i], err)
 		}
 	}
 	return each(start, n), nil
@@ -225,13 +235,17 @@ func create(_ context.Context, p *peer, _ int) (float64, error) {
 			return 0, err
 		}
 	}
+	ptrs, err := cstrings(names)
+	if err != nil {
+		return 0, err
+	}
 	start := time.Now()
-	for _, name := range names {
-		fd, err := unix.Open(name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
+	for _, name := range ptrs {
+		fd, err := rawOpen(name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
 		if err != nil {
 			return 0, err
 		}
-		if err := unix.Close(fd); err != nil {
+		if err := rawClose(fd); err != nil {
 			return 0, err
 		}
 	}
@@ -250,9 +264,13 @@ func unlink(_ context.Context, p *peer, _ int) (float64, error) {
 		}
 		unix.Close(fd)
 	}
+	ptrs, err := cstrings(names)
+	if err != nil {
+		return 0, err
+	}
 	start := time.Now()
-	for _, name := range names {
-		if err := unix.Unlink(name); err != nil {
+	for _, name := range ptrs {
+		if err := rawUnlink(name); err != nil {
 			return 0, err
 		}
 	}
