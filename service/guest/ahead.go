@@ -4,8 +4,6 @@ package guest
 
 import (
 	"encoding/binary"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"transfused.org/transfused/service/fuse"
@@ -26,28 +24,25 @@ const (
 // only if they can't be old: no request was at the host when the change went there, and none about the directory, nor
 // another change, has gone since.
 type shortcuts struct {
-	noFlush bool         // FLUSH does nothing at the host, but to drop locks
-	atHost  atomic.Int64 // requests whose reply has not come
+	noFlush bool                // FLUSH does nothing at the host, but to drop locks
+	locked  map[uint64]struct{} // nodes that have been locked
 
-	// For the reader of the device.
-	dir    uint64 // of the last change, if it went alone; 0: none
-	locked map[uint64]struct{}
-	answer [fuse.OutHeaderSize + fuse.AttrOutSize]byte
-
-	mu     sync.Mutex
-	change fuse.AheadOut // Unique and NodeID of that change, 0: none; and its directory's attributes
+	atHost int           // requests whose reply has not come
+	change fuse.AheadOut // the last change, if it went alone: Unique and NodeID, else 0; and its directory's attributes
 	until  time.Time     // when they are no longer an answer; zero: they have not come
+
+	answer [fuse.OutHeaderSize + fuse.AttrOutSize]byte
 }
 
 // request looks at a request that is about to go to the host, and returns its answer if that is known here, valid until
-// the next call. It is called by the reader of the device.
+// the next call.
 func (s *shortcuts) request(h *fuse.InHeader, body []byte) []byte {
 	if h.Opcode.NoReply() {
 		return nil
 	}
 	switch h.Opcode {
 	case fuse.OpGetattr:
-		if s.dir == h.NodeID && s.dir != 0 && len(body) >= 4 && binary.LittleEndian.Uint32(body)&fuse.GETATTR_FH == 0 && s.attributes() {
+		if h.NodeID == s.change.NodeID && len(body) >= 4 && binary.LittleEndian.Uint32(body)&fuse.GETATTR_FH == 0 && s.attributes() {
 			fuse.Put(s.answer[:], &fuse.OutHeader{Len: uint32(len(s.answer)), Unique: h.Unique})
 			return s.answer[:]
 		}
@@ -65,57 +60,42 @@ func (s *shortcuts) request(h *fuse.InHeader, body []byte) []byte {
 		}
 	case fuse.OpMknod, fuse.OpMkdir, fuse.OpSymlink, fuse.OpLink, fuse.OpCreate, fuse.OpTmpfile,
 		fuse.OpUnlink, fuse.OpRmdir, fuse.OpRename, fuse.OpRename2:
-		if s.atHost.Load() == 0 {
-			s.expect(h.Unique, h.NodeID)
-		} else { // done in any order
-			s.expect(0, 0)
+		s.forget()
+		if s.atHost == 0 { // with others the host may do it in any order
+			s.change.Unique, s.change.NodeID = h.Unique, h.NodeID
 		}
 	case fuse.OpLookup:
 	default:
-		if s.dir == h.NodeID && s.dir != 0 {
-			s.expect(0, 0)
+		if h.NodeID == s.change.NodeID {
+			s.forget()
 		}
 	}
-	s.atHost.Add(1)
+	s.atHost++
 	return nil
 }
 
-// expect forgets what was told of another change than unique in dir.
-func (s *shortcuts) expect(unique, dir uint64) {
-	if s.dir == 0 && dir == 0 {
-		return
-	}
-	s.dir = dir
-	s.mu.Lock()
-	s.change, s.until = fuse.AheadOut{Unique: unique, NodeID: dir}, time.Time{}
-	s.mu.Unlock()
-}
+// forget forgets the last change, and what was told of it.
+func (s *shortcuts) forget() { s.change.Unique, s.change.NodeID, s.until = 0, 0, time.Time{} }
 
-// attributes puts what was told of dir behind the header of answer, once, and tells whether there is anything.
+// attributes puts what was told behind the header of answer, once, and tells whether there is anything.
 func (s *shortcuts) attributes() bool {
-	s.mu.Lock()
-	known := time.Now().Before(s.until)
-	if known {
-		fuse.Put(s.answer[fuse.OutHeaderSize:], &s.change.Attr)
-	}
-	s.mu.Unlock()
-	s.expect(0, 0)
+	known := !s.until.IsZero() && time.Now().Before(s.until)
+	fuse.Put(s.answer[fuse.OutHeaderSize:], &s.change.Attr)
+	s.forget()
 	return known
 }
 
 // told takes what the host tells ahead.
 func (s *shortcuts) told(a *fuse.AheadOut) {
-	s.mu.Lock()
-	if s.change.Unique == a.Unique && s.change.NodeID == a.NodeID {
+	if a.Unique == s.change.Unique && a.NodeID == s.change.NodeID {
 		s.change.Attr, s.until = a.Attr, time.Now().Add(aheadTime)
 	}
-	s.mu.Unlock()
 }
 
-// replied counts a reply, before the kernel has it.
+// replied counts a reply.
 func (s *shortcuts) replied(unique uint64) {
 	if unique&interruptBit == 0 {
-		s.atHost.Add(-1)
+		s.atHost--
 	}
 }
 

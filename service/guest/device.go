@@ -46,24 +46,25 @@ func newDevice(f *os.File) (*device, error) {
 // Write writes one message.
 func (d *device) Write(b []byte) (int, error) { return unix.Write(d.fd, b) }
 
-// wait waits for something to read, for at most timeout milliseconds (-1: for ever). The error is os.ErrClosed after end.
-func (d *device) wait(timeout int) (ready bool, err error) {
-	fds := [...]unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}, {Fd: int32(d.wake), Events: unix.POLLIN}}
+// waitWith waits for something to read, or for events on sock, for at most timeout milliseconds (-1: for ever). The error
+// is os.ErrClosed after end. Both false and 0: the time has passed.
+func (d *device) waitWith(sock int, events int16, timeout int) (ready bool, of int16, err error) {
+	fds := [...]unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}, {Fd: int32(d.wake), Events: unix.POLLIN}, {Fd: int32(sock), Events: events}}
 	for {
 		_, err := unix.Poll(fds[:], timeout)
 		switch {
 		case err == unix.EINTR:
 			continue
 		case err != nil:
-			return false, err
+			return false, 0, os.NewSyscallError("poll", err)
 		case fds[1].Revents != 0:
-			return false, os.ErrClosed
+			return false, 0, os.ErrClosed
 		}
-		return fds[0].Revents != 0, nil
+		return fds[0].Revents != 0, fds[2].Revents, nil
 	}
 }
 
-// end wakes wait, now and for ever.
+// end wakes waitWith, now and for ever.
 func (d *device) end() {
 	// It can't fail: the counter is far from its limit.
 	_, _ = unix.Write(d.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})

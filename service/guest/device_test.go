@@ -32,16 +32,16 @@ func TestDevice(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if ready, err := d.wait(1); ready || err != nil {
+	if ready, _, err := d.waitWith(-1, 0, 1); ready || err != nil {
 		t.Errorf("wait with nothing there: %v, %v", ready, err)
 	}
 	unix.Write(kernel, []byte("request"))
-	if ready, err := d.wait(-1); !ready || err != nil {
+	if ready, _, err := d.waitWith(-1, 0, -1); !ready || err != nil {
 		t.Errorf("wait with a request there: %v, %v", ready, err)
 	}
 	unix.Read(d.fd, make([]byte, 16))
 	done := make(chan error)
-	go func() { _, err := d.wait(-1); done <- err }()
+	go func() { _, _, err := d.waitWith(-1, 0, -1); done <- err }()
 	d.end()
 	if err := <-done; err != os.ErrClosed {
 		t.Errorf("wait after end: %v, want os.ErrClosed", err)

@@ -28,7 +28,7 @@ func (p *Pump) initRequest(msg []byte) {
 	body := msg[fuse.InHeaderSize:]
 	clearBits(body, initFlags, uint32(ownerBits&0xffffffff))
 	clearBits(body, initFlags2In, uint32(ownerBits>>32))
-	p.initUnique.Store(binary.LittleEndian.Uint64(msg[8:]))
+	p.initUnique = binary.LittleEndian.Uint64(msg[8:])
 }
 
 // initReply learns the sizes, and bounds what the server asks of the kernel to what this pump can carry.
@@ -55,7 +55,7 @@ func (p *Pump) initReply(msg []byte) error {
 	}
 	p.minor.Store(binary.LittleEndian.Uint32(body[4:]))
 	p.maxReply = max(minReply, int(pages)*pageSize+fuse.OutHeaderSize+headRoom)
-	p.requestSize.Store(int64(max(minRequest, write) + headRoom + maxForgets))
+	p.requestSize = int(max(minRequest, write)) + headRoom + maxForgets
 	p.maxWrite.Store(write) // last: from here on a reply is not looked at again
 	return nil
 }

@@ -76,7 +76,7 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 		return nil, err
 	}
 	log := d.log.With("dir", m.dir)
-	if m.pump, err = startPump(a.file, q.conn, PumpOptions{Ahead: q.version >= wire.Version2, NoFlush: q.noFlush, Log: log}); err != nil {
+	if m.pump, err = NewPump(a.file, q.conn, PumpOptions{Ahead: q.version >= wire.Version2, NoFlush: q.noFlush, Log: log}); err != nil {
 		d.detach(m)
 		d.gone()
 		return nil, err
@@ -107,16 +107,6 @@ func (d *daemon) gone() {
 	d.standing--
 	d.mu.Unlock()
 	d.wg.Done()
-}
-
-// startPump makes a pump that waits in system calls.
-func startPump(dev *os.File, conn *transport.Conn, o PumpOptions) (*Pump, error) {
-	if err := conn.Block(); err != nil {
-		dev.Close()
-		conn.Close()
-		return nil, err
-	}
-	return NewPump(dev, conn, o)
 }
 
 // detach takes away a mount that has no pump, so that nobody meets ENOTCONN or waits in it.

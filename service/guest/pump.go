@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/transport"
 )
 
 const (
@@ -36,9 +37,11 @@ const (
 	forgetDelay = 10
 )
 
-// Stream is what a Pump speaks to the host over, such as *transport.Conn. A Write is whole even beside another, and
-// Close wakes a Read and a Write.
-type Stream = io.ReadWriteCloser
+// Stream is a connected stream socket that a Pump speaks to the host over, such as *transport.Conn.
+type Stream interface {
+	io.Closer
+	syscall.Conn
+}
 
 // Stats are a Pump's counts since it started.
 type Stats struct {
@@ -53,12 +56,16 @@ type Stats struct {
 // PumpOptions let it; meaning is the server's business otherwise.
 type Pump struct {
 	dev  *device
-	conn Stream
+	sock int // the stream, outside the runtime's poller as the device is
 	log  *slog.Logger
 
-	requestSize atomic.Int64 // what a request may need, in bytes; grows once, at INIT's reply
-	maxReply    int          // owned by replies
-	initUnique  atomic.Uint64
+	// Of Run's goroutine.
+	yielder     transport.Yielder
+	requestSize int // what a request may need, in bytes; grows once, at INIT's reply
+	maxReply    int
+	initUnique  uint64
+	in          []byte // from the stream; from start to end it was read and is not yet written
+	start, end  int
 	minor       atomic.Uint32
 	maxWrite    atomic.Uint32
 
@@ -98,32 +105,54 @@ func NewPump(dev *os.File, conn Stream, o PumpOptions) (*Pump, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	d, err := newDevice(dev)
+	sock, err := dupNonblocking(conn)
+	conn.Close() // takes it out of the poller
 	if err != nil {
-		conn.Close()
+		dev.Close()
 		return nil, err
 	}
-	p := &Pump{dev: d, conn: conn, log: log, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{})}
-	p.shortcuts.noFlush, p.shortcuts.locked = o.NoFlush, map[uint64]struct{}{}
-	p.requestSize.Store(minRequest + headRoom + maxForgets)
+	d, err := newDevice(dev)
+	if err != nil {
+		unix.Close(sock)
+		return nil, err
+	}
+	p := &Pump{dev: d, sock: sock, log: log, requestSize: minRequest + headRoom + maxForgets, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{})}
+	p.shortcuts = shortcuts{noFlush: o.NoFlush, locked: map[uint64]struct{}{}}
 	return p, nil
 }
 
+func dupNonblocking(c syscall.Conn) (fd int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	var dupErr error
+	if err := raw.Control(func(of uintptr) {
+		if fd, dupErr = unix.FcntlInt(of, unix.F_DUPFD_CLOEXEC, 0); dupErr == nil {
+			dupErr = unix.SetNonblock(fd, true)
+		}
+	}); err != nil {
+		return -1, err
+	}
+	return fd, os.NewSyscallError("fcntl", dupErr)
+}
+
 // Run pumps until the file system is unmounted (nil), the stream ends (ErrStream), the host sends what is no FUSE
-// message (ErrProtocol), or Close is called (os.ErrClosed). It returns when everything it started has ended and
-// both descriptors are closed. It is called once.
+// message (ErrProtocol), or Close is called (os.ErrClosed). It returns when both descriptors are closed. It is called once.
 func (p *Pump) Run() error {
-	var wg sync.WaitGroup
-	wg.Go(func() { p.end(p.readRequests()) })
-	wg.Go(func() { p.end(p.readReplies()) })
-	wg.Wait()
+	err := p.pump()
+	if err == errUnmounted {
+		err = nil
+	}
+	p.stop(err)
 	p.dev.close()
+	unix.Close(p.sock)
 	return p.cause
 }
 
 // Close ends Run with os.ErrClosed, unless it has ended already. Requests that wait for an answer fail
 // with ECONNABORTED once no other process holds the device.
-func (p *Pump) Close() { p.end(os.ErrClosed) }
+func (p *Pump) Close() { p.stop(os.ErrClosed) }
 
 // Device returns a duplicate of the mount's device, for passing it on. The error is os.ErrClosed after Run.
 func (p *Pump) Device() (*os.File, error) { return p.dev.dup() }
@@ -140,13 +169,11 @@ func (p *Pump) Stats() Stats {
 	}
 }
 
-// end records the first cause, and wakes the others by closing what they wait on.
-func (p *Pump) end(cause error) {
+// stop records the first cause, and wakes pump.
+func (p *Pump) stop(cause error) {
 	p.once.Do(func() {
 		p.cause = cause
 		close(p.done)
-		// A failed close tells nothing here: it is gone afterwards.
-		p.conn.Close()
 		p.dev.end()
 	})
 }
@@ -160,123 +187,168 @@ func prefaulted(size int) []byte {
 	return b
 }
 
-// readRequests reads requests from the device and writes them to the stream.
-func (p *Pump) readRequests() error {
-	buf := prefaulted(int(p.requestSize.Load()))
+// tries is how many requests are read one after the other without looking at the stream between them.
+const tries = 8
+
+// pump is the loop: what is there is read from the stream and written to the device, then the other way round. It waits
+// in poll(2) alone.
+func (p *Pump) pump() error {
+	buf := prefaulted(p.requestSize)
+	p.in = prefaulted(p.maxReply)
 	held := 0 // bytes of FORGETs that wait at the beginning of buf
-	var h fuse.InHeader
 	for {
-		// After a FORGET there is often something to read already.
-		if h.Opcode != fuse.OpForget {
-			timeout := -1
-			if held > 0 {
-				timeout = forgetDelay
-			}
-			switch ready, err := p.dev.wait(timeout); {
-			case err == os.ErrClosed:
+		p.yielder.Yield()
+		timeout := -1
+		if held > 0 {
+			timeout = forgetDelay
+		}
+		dev, sock, err := p.dev.waitWith(p.sock, unix.POLLIN, timeout)
+		if err != nil {
+			return err
+		}
+		if sock != 0 {
+			if err := p.receive(); err != nil {
 				return err
-			case err != nil:
-				return fmt.Errorf("poll /dev/fuse: %w", err)
-			case !ready:
-				if _, err := p.conn.Write(buf[:held]); err != nil {
-					return fmt.Errorf("%w: %w", ErrStream, err)
-				}
-				held = 0
-				continue
 			}
 		}
-		h.Opcode = 0
-		n, err := unix.Read(p.dev.fd, buf[held:])
-		switch err {
-		case nil:
-		case unix.EINTR, unix.EAGAIN, unix.ENOENT:
-			// ENOENT: the request was interrupted while the kernel handed it over.
-			continue
-		case unix.ENODEV, unix.ECONNABORTED:
-			// Unmounted, or aborted: umount -f, or the control file system.
-			return nil
-		case unix.EINVAL:
-			// INIT's reply allows longer requests than this buffer was made for.
-			if need := int(p.requestSize.Load()); need > len(buf) {
+		if !dev && sock == 0 { // nothing came for the FORGETs to go with
+			if err := p.send(buf[:held]); err != nil {
+				return err
+			}
+			held = 0
+		}
+		// Who got a reply has often asked the next thing already.
+		for range tries {
+			if need := p.requestSize; need > len(buf) {
 				buf = append(prefaulted(need)[:0], buf[:held]...)[:need]
-				continue
 			}
-			return fmt.Errorf("read /dev/fuse: %w", err)
-		default:
-			return fmt.Errorf("read /dev/fuse: %w", err)
-		}
-		msg := buf[held : held+n]
-		if n < fuse.InHeaderSize || int(binary.LittleEndian.Uint32(msg)) != n {
-			return fmt.Errorf("read /dev/fuse: a request of %d bytes whose header says %d", n, binary.LittleEndian.Uint32(msg))
-		}
-		p.requests.Add(1)
-		p.requestBytes.Add(uint64(n))
-		if rec := p.perf.Load(); rec != nil {
-			rec.start(binary.LittleEndian.Uint64(msg[8:]))
-		}
-		body, _ := fuse.Decode(&h, msg) // it is long enough
-		if answer := p.shortcuts.request(&h, body); answer != nil {
-			p.answered.Add(1)
-			if err := p.write(answer, h.Unique); err != nil {
+			n, next, err := p.request(buf, held)
+			if err != nil {
 				return err
 			}
-			continue
-		}
-		switch h.Opcode {
-		case fuse.OpInit:
-			p.initRequest(msg)
-		case fuse.OpForget, fuse.OpBatchForget:
-			if held+n <= maxForgets {
-				held += n
-				continue
+			if held = n; !next {
+				break
 			}
 		}
-		if _, err := p.conn.Write(buf[:held+n]); err != nil {
-			return fmt.Errorf("%w: %w", ErrStream, err)
-		}
-		held = 0
 	}
 }
 
-// readReplies reads the stream and writes each message to the device.
-func (p *Pump) readReplies() error {
-	buf := prefaulted(p.maxReply)
-	start, end := 0, 0 // what was read and is not yet written
+// errUnmounted ends pump in peace.
+var errUnmounted = errors.New("unmounted")
+
+// request reads one request, behind the held bytes of FORGETs in buf, and answers it, sends it to the host, or holds it
+// too. It returns how many bytes are held then, and whether another request is likely to be there already.
+func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error) {
+	n, err := unix.Read(p.dev.fd, buf[held:])
+	switch err {
+	case nil:
+	case unix.EAGAIN:
+		return held, false, nil
+	case unix.EINTR, unix.ENOENT:
+		// ENOENT: the request was interrupted while the kernel handed it over.
+		return held, true, nil
+	case unix.ENODEV, unix.ECONNABORTED:
+		// Unmounted, or aborted: umount -f, or the control file system.
+		return 0, false, errUnmounted
+	default:
+		return 0, false, fmt.Errorf("read /dev/fuse: %w", err)
+	}
+	msg := buf[held : held+n]
+	if n < fuse.InHeaderSize || int(binary.LittleEndian.Uint32(msg)) != n {
+		return 0, false, fmt.Errorf("read /dev/fuse: a request of %d bytes whose header says %d", n, binary.LittleEndian.Uint32(msg))
+	}
+	p.requests.Add(1)
+	p.requestBytes.Add(uint64(n))
+	var h fuse.InHeader
+	body, _ := fuse.Decode(&h, msg) // it is long enough
+	if rec := p.perf.Load(); rec != nil {
+		rec.start(h.Unique)
+	}
+	if answer := p.shortcuts.request(&h, body); answer != nil {
+		p.answered.Add(1)
+		return held, true, p.write(answer, h.Unique)
+	}
+	switch h.Opcode {
+	case fuse.OpInit:
+		p.initRequest(msg)
+	case fuse.OpForget, fuse.OpBatchForget:
+		if held+n <= maxForgets {
+			return held + n, true, nil
+		}
+	}
+	return 0, false, p.send(buf[:held+n])
+}
+
+// send writes all of b to the stream. While that takes none, replies are received: a host that waits for us to read
+// could otherwise wait for ever.
+func (p *Pump) send(b []byte) error {
 	for {
-		n, err := p.conn.Read(buf[end:])
+		n, err := unix.Write(p.sock, b)
+		if n > 0 {
+			b = b[n:]
+		}
+		switch {
+		case len(b) == 0:
+			return nil
+		case err == nil || err == unix.EINTR:
+			continue
+		case err != unix.EAGAIN:
+			return fmt.Errorf("%w: write: %w", ErrStream, err)
+		}
+		_, ready, err := p.dev.waitWith(p.sock, unix.POLLIN|unix.POLLOUT, -1)
 		if err != nil {
-			if end > start && errors.Is(err, io.EOF) {
+			return err
+		}
+		if ready&^unix.POLLOUT != 0 {
+			if err := p.receive(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// receive reads what has come from the host and writes each whole message to the device.
+func (p *Pump) receive() error {
+	for {
+		n, err := unix.Read(p.sock, p.in[p.end:])
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.EAGAIN:
+			return nil
+		case err == nil && n == 0:
+			err = io.EOF
+			if p.end > p.start {
 				err = io.ErrUnexpectedEOF
 			}
-			return fmt.Errorf("%w: %w", ErrStream, err)
+			fallthrough
+		case err != nil:
+			return fmt.Errorf("%w: read: %w", ErrStream, err)
 		}
-		end += n
-		for end-start >= fuse.OutHeaderSize {
-			size := int(binary.LittleEndian.Uint32(buf[start:]))
+		p.end += n
+		for p.end-p.start >= fuse.OutHeaderSize {
+			size := int(binary.LittleEndian.Uint32(p.in[p.start:]))
 			if size < fuse.OutHeaderSize || size > p.maxReply {
 				return fmt.Errorf("%w: a message of %d bytes; 16 to %d are allowed", ErrProtocol, size, p.maxReply)
 			}
-			if end-start < size {
+			if p.end-p.start < size {
 				break
 			}
-			if err := p.reply(buf[start : start+size]); err != nil {
+			if err := p.reply(p.in[p.start : p.start+size]); err != nil {
 				return err
 			}
-			start += size
+			p.start += size
 		}
-		switch {
-		case start == end:
-			start, end = 0, 0
-			if len(buf) < p.maxReply {
-				buf = prefaulted(p.maxReply)
-			}
-		case start > 0:
-			// Only the beginning of one message is left: the rest is read behind it.
-			end = copy(buf, buf[start:end])
-			start = 0
-			if len(buf) < p.maxReply {
-				buf = append(prefaulted(p.maxReply)[:0], buf[:end]...)[:p.maxReply]
-			}
+		// Only the beginning of one message may be left: the rest is read behind it.
+		if p.start > 0 {
+			p.end = copy(p.in, p.in[p.start:p.end])
+			p.start = 0
+		}
+		if len(p.in) < p.maxReply {
+			p.in = append(prefaulted(p.maxReply)[:0], p.in[:p.end]...)[:p.maxReply]
+		}
+		if p.end == 0 {
+			return nil
 		}
 	}
 }
@@ -293,7 +365,7 @@ func (p *Pump) reply(msg []byte) error {
 		// A notification waits for locks that are held by who waits for a reply: it has its own channel.
 		return fmt.Errorf("%w: notification %d in the stream of replies", ErrProtocol, int32(binary.LittleEndian.Uint32(msg[4:])))
 	}
-	if unique == p.initUnique.Load() && p.maxWrite.Load() == 0 {
+	if unique == p.initUnique && p.maxWrite.Load() == 0 {
 		if err := p.initReply(msg); err != nil {
 			return err
 		}
@@ -322,7 +394,7 @@ func (p *Pump) write(msg []byte, unique uint64) error {
 			p.dropped.Add(1)
 			return nil
 		case syscall.ENODEV, syscall.ECONNABORTED:
-			return nil // unmounted: the reader of requests sees it and says so
+			return nil // unmounted: who reads requests sees it and says so
 		case syscall.EINVAL:
 			return fmt.Errorf("%w: the kernel refused a reply: length %d, error %d, unique %#x", ErrProtocol,
 				len(msg), int32(binary.LittleEndian.Uint32(msg[4:])), unique)

@@ -49,14 +49,16 @@ func PrepareBlocking() {
 // yieldTime is below what the scheduler lets a goroutine run without having a look at it (forcePreemptNS, 10 ms).
 const yieldTime = 8 * time.Millisecond
 
-// yielder has a goroutine that does nothing but short system calls go through the scheduler now and then. To the
+// Yielder has a goroutine that does nothing but short system calls go through the scheduler now and then. To the
 // runtime (Go 1.26, retake in runtime/proc.go) it has otherwise been running all that time: its monitor then takes the P
-// away in every system call and looks again each 20 µs, which cost as much as all the rest of a message.
-type yielder struct{ last atomic.Int64 } // ns since began
+// away in every system call and looks again each 20 µs, which cost as much as all the rest of a message. A Read of a
+// blocking Conn does it.
+type Yielder struct{ last atomic.Int64 } // ns since began
 
 var began = time.Now()
 
-func (y *yielder) yield() {
+// Yield may yield. It is cheap enough for every message.
+func (y *Yielder) Yield() {
 	if now := int64(time.Since(began)); now-y.last.Load() >= int64(yieldTime) {
 		y.last.Store(now)
 		runtime.Gosched()

@@ -24,8 +24,8 @@ type Conn struct {
 	raw  syscall.RawConn // of f, made once: safe beside Close, as f.Fd is not
 	peer Peer
 
-	blocking         bool // set before the Conn is shared
-	reading, writing yielder
+	blocking bool // set before the Conn is shared
+	yielder  Yielder
 }
 
 var _ io.ReadWriteCloser = (*Conn)(nil)
@@ -50,7 +50,7 @@ func NewConn(f *os.File, peer Peer) *Conn {
 // Read reads what is there, at most len(b) bytes, or waits for it.
 func (c *Conn) Read(b []byte) (int, error) {
 	if c.blocking {
-		c.reading.yield()
+		c.yielder.Yield()
 	}
 	n, err := c.f.Read(b)
 	if err != nil && errors.Is(err, unix.ENOTCONN) {
@@ -63,12 +63,10 @@ func (c *Conn) Read(b []byte) (int, error) {
 
 // Write writes all of b, or fails. Other Writes wait, so that messages do not
 // mix. After an error the stream may end in the middle of a message.
-func (c *Conn) Write(b []byte) (int, error) {
-	if c.blocking {
-		c.writing.yield()
-	}
-	return c.f.Write(b)
-}
+func (c *Conn) Write(b []byte) (int, error) { return c.f.Write(b) }
+
+// SyscallConn is for system calls on the descriptor.
+func (c *Conn) SyscallConn() (syscall.RawConn, error) { return c.raw, nil }
 
 // Close closes the descriptor and wakes Read and Write, with os.ErrClosed or, of a blocking Conn, io.EOF.
 func (c *Conn) Close() error {
