@@ -105,3 +105,29 @@ func TestBlockedConnAllocatesNothing(t *testing.T) {
 		t.Errorf("%v allocations a message", n)
 	}
 }
+
+// A goroutine that reads and reads goes through the scheduler about every yieldTime, and not at each message.
+func TestReadYields(t *testing.T) {
+	a, b := blockedPair(t)
+	var y Yielder
+	y.Yield()
+	first := y.last.Load()
+	if y.Yield(); y.last.Load() != first {
+		t.Error("yields again at once")
+	}
+	buf := []byte{0}
+	for begin := time.Now(); time.Since(begin) < 2*yieldTime; {
+		if _, err := b.Write(buf); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.Read(buf); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if a.yielder.last.Load() <= first+int64(yieldTime) {
+		t.Error("Read of a blocking Conn did not yield")
+	}
+	if b.yielder.last.Load() != 0 {
+		t.Error("Read of a Conn in the poller yields by itself, and need not")
+	}
+}

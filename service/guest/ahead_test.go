@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fstest"
+	"transfused.org/transfused/service/fuse"
+)
+
+// dialogue drives shortcuts as the pump does.
+type dialogue struct {
+	shortcuts
+	unique uint64
+}
+
+func newDialogue(noFlush bool) *dialogue {
+	return &dialogue{shortcuts: shortcuts{noFlush: noFlush, locked: map[uint64]struct{}{}}}
+}
+
+// ask sends a request; ok tells whether it was answered here.
+func (d *dialogue) ask(op fuse.Opcode, node uint64, body ...byte) (unique uint64, ok bool) {
+	d.unique += 2
+	if op == fuse.OpGetattr && body == nil {
+		body = make([]byte, 16)
+	}
+	answer := d.request(&fuse.InHeader{Opcode: op, Unique: d.unique, NodeID: node}, body)
+	if answer != nil {
+		var h fuse.OutHeader
+		if fuse.Decode(&h, answer); int(h.Len) != len(answer) || h.Unique != d.unique || h.Error != 0 {
+			panic("a malformed answer")
+		}
+	}
+	return d.unique, answer != nil
+}
+
+// done is a request with its reply.
+func (d *dialogue) done(op fuse.Opcode, node uint64, body ...byte) {
+	if u, ok := d.ask(op, node, body...); !ok {
+		d.replied(u)
+	}
+}
+
+// change is a change with what is told ahead of its reply.
+func (d *dialogue) change(op fuse.Opcode, node uint64) {
+	u, _ := d.ask(op, node)
+	d.told(&fuse.AheadOut{Unique: u, NodeID: node})
+	d.replied(u)
+}
+
+func (d *dialogue) getattr(node uint64) bool {
+	u, ok := d.ask(fuse.OpGetattr, node)
+	if !ok {
+		d.replied(u)
+	}
+	return ok
+}
+
+func TestAttributesAhead(t *testing.T) {
+	const dir, other = 5, 6
+	for _, tt := range []struct {
+		name string
+		do   func(d *dialogue)
+		want bool // GETATTR of dir is answered here
+	}{
+		{"nothing told", func(d *dialogue) {}, false},
+		{"told", func(d *dialogue) { d.change(fuse.OpUnlink, dir) }, true},
+		{"asked already", func(d *dialogue) { d.change(fuse.OpUnlink, dir); d.getattr(dir) }, false},
+		{"of another directory", func(d *dialogue) { d.change(fuse.OpUnlink, other) }, false},
+		{"too late", func(d *dialogue) { d.change(fuse.OpUnlink, dir); d.until = time.Now() }, false},
+		{"no change told", func(d *dialogue) { d.done(fuse.OpUnlink, dir) }, false},
+		{"told of another request", func(d *dialogue) {
+			u, _ := d.ask(fuse.OpUnlink, dir)
+			d.told(&fuse.AheadOut{Unique: u + 2, NodeID: dir})
+			d.replied(u)
+		}, false},
+		{"told of another node", func(d *dialogue) {
+			u, _ := d.ask(fuse.OpUnlink, other)
+			d.told(&fuse.AheadOut{Unique: u, NodeID: dir})
+			d.replied(u)
+		}, false},
+		{"told unasked", func(d *dialogue) { d.told(&fuse.AheadOut{NodeID: dir}) }, false},
+		{"told, and then what does not change it", func(d *dialogue) {
+			d.change(fuse.OpCreate, dir)
+			d.done(fuse.OpLookup, dir)
+			d.done(fuse.OpWrite, other)
+			d.done(fuse.OpSetattr, other)
+			d.done(fuse.OpFlush, other)
+			d.ask(fuse.OpForget, other)
+			d.ask(fuse.OpRelease, other)
+		}, true},
+		{"told, and then another change", func(d *dialogue) { d.change(fuse.OpCreate, dir); d.done(fuse.OpMkdir, other) }, false},
+		{"told, and then its own attributes set", func(d *dialogue) { d.change(fuse.OpCreate, dir); d.done(fuse.OpSetattr, dir) }, false},
+		{"told, and then read", func(d *dialogue) { d.change(fuse.OpCreate, dir); d.done(fuse.OpReaddir, dir) }, false},
+		{"another request was at the host", func(d *dialogue) {
+			d.ask(fuse.OpWrite, other)
+			d.change(fuse.OpUnlink, dir)
+		}, false},
+		{"an interrupt was at the host", func(d *dialogue) {
+			d.ask(fuse.OpInterrupt, other)
+			d.replied(d.unique | 1)
+			d.change(fuse.OpUnlink, dir)
+		}, true},
+		// Two changes at once: the host may have done them, and told of them, in any order.
+		{"two, the first told first", func(d *dialogue) {
+			a, _ := d.ask(fuse.OpUnlink, dir)
+			b, _ := d.ask(fuse.OpMkdir, dir)
+			d.told(&fuse.AheadOut{Unique: a, NodeID: dir})
+			d.replied(a)
+			d.told(&fuse.AheadOut{Unique: b, NodeID: dir})
+			d.replied(b)
+		}, false},
+		{"two, the second told first", func(d *dialogue) {
+			a, _ := d.ask(fuse.OpUnlink, dir)
+			b, _ := d.ask(fuse.OpMkdir, dir)
+			d.told(&fuse.AheadOut{Unique: b, NodeID: dir})
+			d.replied(b)
+			d.told(&fuse.AheadOut{Unique: a, NodeID: dir})
+			d.replied(a)
+		}, false},
+		{"two, the second asked between telling and asking", func(d *dialogue) {
+			a, _ := d.ask(fuse.OpUnlink, dir)
+			d.told(&fuse.AheadOut{Unique: a, NodeID: dir})
+			d.ask(fuse.OpMkdir, dir)
+			d.replied(a)
+		}, false},
+		{"one after two", func(d *dialogue) {
+			a, _ := d.ask(fuse.OpUnlink, dir)
+			b, _ := d.ask(fuse.OpMkdir, dir)
+			d.replied(b)
+			d.replied(a)
+			d.change(fuse.OpRmdir, dir)
+		}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := newDialogue(false)
+			if tt.do(d); d.getattr(dir) != tt.want {
+				t.Errorf("answered here: %v, want %v", !tt.want, tt.want)
+			}
+		})
+	}
+	t.Run("of a file handle", func(t *testing.T) {
+		d := newDialogue(false)
+		d.change(fuse.OpUnlink, dir)
+		if _, ok := d.ask(fuse.OpGetattr, dir, append([]byte{fuse.GETATTR_FH}, make([]byte, 15)...)...); ok {
+			t.Error("answered here")
+		}
+	})
+}
+
+func TestFlushWithoutTheHost(t *testing.T) {
+	flushed := func(d *dialogue, node uint64) bool { _, ok := d.ask(fuse.OpFlush, node); return ok }
+	if flushed(newDialogue(false), 5) {
+		t.Error("answered here, without no_flush")
+	}
+	d := newDialogue(true)
+	if !flushed(d, 5) {
+		t.Error("not answered here")
+	}
+	d.done(fuse.OpSetlk, 5)
+	d.done(fuse.OpSetlkw, 6)
+	if flushed(d, 5) || flushed(d, 6) || !flushed(d, 7) {
+		t.Error("a FLUSH of a locked file must go to the host, and of no other")
+	}
+	for node := uint64(10); node < 10+maxLocked; node++ {
+		d.done(fuse.OpSetlk, node)
+	}
+	if flushed(d, 7) || len(d.locked) > maxLocked {
+		t.Errorf("with %d locked files each FLUSH must go to the host", len(d.locked))
+	}
+}
+
+// pumpWith is pumpTo with options, and a kernel that checks permissions.
+func pumpWith(t *testing.T, s *tinyFS, o PumpOptions) (dir string, p *Pump, stop func() error) {
+	t.Helper()
+	needRoot(t)
+	dir = t.TempDir()
+	dev, err := Mount(dir, MountOptions{Source: "tiny", DefaultPermissions: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := streamPair(t)
+	if p, err = NewPump(dev, a, o); err != nil {
+		t.Fatal(err)
+	}
+	served, ran := make(chan struct{}), make(chan error, 1)
+	go func() { defer close(served); s.serve(b); b.Close() }()
+	go func() { ran <- p.Run() }()
+	return dir, p, func() error {
+		unix.Unmount(dir, unix.MNT_DETACH)
+		err := <-ran
+		<-served
+		return err
+	}
+}
+
+// mkdirs is a server that makes directories, tells their parent's attributes ahead, and counts the GETATTRs that reach it.
+func mkdirs(getattrs *atomic.Int64, extra int) *tinyFS {
+	s := &tinyFS{}
+	s.handle = func(h fuse.InHeader, body []byte) []byte {
+		switch h.Opcode {
+		case fuse.OpGetattr:
+			getattrs.Add(1)
+		case fuse.OpMkdir:
+			ahead := fuse.AheadOut{Unique: h.Unique, NodeID: h.NodeID, Attr: fuse.AttrOut{AttrValid: 100, Attr: s.attr(h.NodeID)}}
+			ahead.Attr.Attr.Mtime = 4711
+			msg := fuse.Append(nil, &fuse.OutHeader{Len: uint32(fuse.OutHeaderSize + fuse.AheadOutSize + extra), Error: fuse.AheadCode})
+			msg = append(fuse.Append(msg, &ahead), make([]byte, extra)...)
+			return append(msg, message(h.Unique, 0, fuse.Append(nil, &fuse.EntryOut{NodeID: h.Unique, EntryValid: 100, AttrValid: 100, Attr: s.attr(1)}))...)
+		}
+		return nil
+	}
+	return s
+}
+
+func TestPumpTellsAttributesAhead(t *testing.T) {
+	fstest.Leaks(t)
+	var getattrs atomic.Int64
+	dir, p, stop := pumpWith(t, mkdirs(&getattrs, 0), PumpOptions{Ahead: true})
+	if err := unix.Mkdir(filepath.Join(dir, "first"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	before := getattrs.Load()
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil || st.Mtim.Sec != 4711 {
+		t.Errorf("the directory's mtime is %d, want what was told ahead, 4711; %v", st.Mtim.Sec, err)
+	}
+	if n := getattrs.Load() - before; n != 0 || p.Stats().Answered == 0 {
+		t.Errorf("%d GETATTR went to the host, %d were answered here", n, p.Stats().Answered)
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPumpRefusesWhatWasNotAgreed(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		o     PumpOptions
+		extra int
+	}{{"version 1", PumpOptions{}, 0}, {"too long", PumpOptions{Ahead: true}, 8}} {
+		t.Run(tt.name, func(t *testing.T) {
+			fstest.Leaks(t)
+			var getattrs atomic.Int64
+			dir, p, stop := pumpWith(t, mkdirs(&getattrs, tt.extra), tt.o)
+			if err := unix.Mkdir(filepath.Join(dir, "first"), 0o755); err == nil {
+				t.Error("mkdir succeeded")
+			}
+			<-p.Done()
+			if err := stop(); !errors.Is(err, ErrProtocol) {
+				t.Errorf("Run: %v, want %v", err, ErrProtocol)
+			}
+		})
+	}
+}
+
+func TestPumpAnswersFlush(t *testing.T) {
+	fstest.Leaks(t)
+	var flushes atomic.Int64
+	s := &tinyFS{initOut: fuse.InitOut{Major: 7, Minor: fuse.Minor, MaxReadahead: 1 << 17, MaxWrite: MaxData, TimeGran: 1, Flags: uint32(fuse.POSIX_LOCKS)}}
+	s.handle = func(h fuse.InHeader, body []byte) []byte {
+		switch h.Opcode {
+		case fuse.OpFlush:
+			flushes.Add(1)
+		case fuse.OpSetlk:
+			return message(h.Unique, 0, nil)
+		}
+		return nil
+	}
+	dir, _, stop := pumpWith(t, s, PumpOptions{NoFlush: true})
+	name := filepath.Join(dir, "hello")
+	if err := writeFile(name, 10); err != nil || flushes.Load() != 0 {
+		t.Errorf("%v; %d FLUSHes reached the host", err, flushes.Load())
+	}
+	fd, err := unix.Open(name, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lk := unix.Flock_t{Type: unix.F_WRLCK, Whence: unix.SEEK_SET}
+	if err := unix.FcntlFlock(uintptr(fd), unix.F_SETLK, &lk); err != nil {
+		t.Error(os.NewSyscallError("lock", err))
+	}
+	unix.Close(fd)
+	if flushes.Load() != 1 {
+		t.Errorf("%d FLUSHes of a locked file reached the host, want 1", flushes.Load())
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A host that reads nothing more until it has been read from gets all the same what it needs: neither end waits for the other.
+func TestPumpWritesAndReadsAtOnce(t *testing.T) {
+	dev, kernel := fakeDevice(t)
+	a, b := streamPair(t)
+	p, err := NewPump(dev, a, PumpOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := make(chan error, 1)
+	go func() { ran <- p.Run() }()
+	// More of both than the buffers of the sockets hold.
+	const requests, size, replies = 64, 100 << 10, 64
+	unix.SetsockoptInt(kernel, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 16<<20)
+	if err := unix.SetNonblock(kernel, false); err != nil {
+		t.Fatal(err)
+	}
+	request := make([]byte, size)
+	fuse.Put(request, &fuse.InHeader{Len: size, Opcode: fuse.OpWrite, Unique: 2})
+	sent := make(chan error, 1)
+	go func() {
+		for range requests {
+			if _, err := unix.Write(kernel, request); err != nil {
+				sent <- err
+				return
+			}
+		}
+		sent <- nil
+	}()
+	go func() { // the kernel's side takes replies
+		buf := make([]byte, size)
+		for {
+			if n, err := unix.Read(kernel, buf); n <= 0 || err != nil {
+				return
+			}
+		}
+	}()
+	// The host writes all its replies before it reads a single request.
+	reply := message(4, 0, make([]byte, size-fuse.OutHeaderSize))
+	b.SetDeadline(time.Now().Add(30 * time.Second))
+	for range replies {
+		if _, err := b.Write(reply); err != nil {
+			t.Fatalf("the pump does not take replies while it waits to write: %v", err)
+		}
+	}
+	buf := make([]byte, size)
+	for got := 0; got < requests*size; {
+		n, err := b.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got += n
+	}
+	if err := <-sent; err != nil {
+		t.Error(err)
+	}
+	p.Close()
+	if err := <-ran; !errors.Is(err, os.ErrClosed) {
+		t.Error(err)
+	}
+	unix.Shutdown(kernel, unix.SHUT_RDWR)
+}

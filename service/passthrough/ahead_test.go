@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package passthrough
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fuse"
+)
+
+// What is told ahead precedes the reply, and is what the directory is after the change.
+func TestTellAhead(t *testing.T) {
+	g := newGuest(t, func(c *Config) { c.Ahead = true })
+	told := func(op fuse.Opcode, b []byte, want fuse.Errno) {
+		t.Helper()
+		unique := g.send(op, 1, b)
+		head := make([]byte, fuse.OutHeaderSize)
+		if want == 0 {
+			b := make([]byte, fuse.OutHeaderSize+fuse.AheadOutSize)
+			if err := read(g, b); err != nil {
+				t.Fatal(err)
+			}
+			var h fuse.OutHeader
+			var a fuse.AheadOut
+			body, _ := fuse.Decode(&h, b)
+			fuse.Decode(&a, body)
+			if h.Unique != 0 || h.Error != fuse.AheadCode || int(h.Len) != len(b) || a.Unique != unique || a.NodeID != 1 {
+				t.Fatalf("%v: told %+v %+v", op, h, a)
+			}
+			st := g.stat(".")
+			if a.Attr.Attr.Mtime != uint64(st.Mtim.Sec) || a.Attr.Attr.Mtimensec != uint32(st.Mtim.Nsec) || a.Attr.Attr.Nlink != uint32(st.Nlink) || a.Attr.AttrValid == 0 {
+				t.Errorf("%v: told %+v, the directory is %+v", op, a.Attr, st)
+			}
+		}
+		if err := read(g, head); err != nil {
+			t.Fatal(err)
+		}
+		var h fuse.OutHeader
+		if fuse.Decode(&h, head); h.Unique != unique || h.Error != -int32(want) {
+			t.Fatalf("%v: reply %+v, want errno %v and nothing before it", op, h, want)
+		}
+		if err := read(g, make([]byte, int(h.Len)-len(head))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	told(fuse.OpMkdir, body(fuse.MkdirIn{Mode: 0o755}, []byte("d\x00")), 0)
+	told(fuse.OpMkdir, body(fuse.MkdirIn{Mode: 0o755}, []byte("d\x00")), unix.EEXIST)
+	told(fuse.OpRename, body(fuse.RenameIn{Newdir: 1}, []byte("d\x00e\x00")), 0)
+	told(fuse.OpRmdir, []byte("e\x00"), 0)
+	told(fuse.OpUnlink, []byte("e\x00"), unix.ENOENT)
+}
+
+func read(g *guest, b []byte) error {
+	for n := 0; n < len(b); {
+		m, err := g.c.Read(b[n:])
+		if err != nil {
+			return err
+		}
+		n += m
+	}
+	return nil
+}
+
+func TestNothingToldAhead(t *testing.T) {
+	g := newGuest(t, nil) // whose reader knows nothing of it
+	g.want(0, g.call(fuse.OpMkdir, 1, body(fuse.MkdirIn{Mode: 0o755}, []byte("d\x00"))))
+}
+
+func TestNoFlush(t *testing.T) {
+	for _, tt := range []struct {
+		dir       string
+		submounts SubmountPolicy
+		want      bool
+	}{{tmpfs(t), SubmountsHide, true}, {tmpfs(t), SubmountsFollow, false}, {"/proc", SubmountsHide, false}} {
+		f, err := os.OpenFile(tt.dir, unix.O_PATH, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := NoFlush(f, tt.submounts); got != tt.want {
+			t.Errorf("%s, %v: %v, want %v", tt.dir, tt.submounts, got, tt.want)
+		}
+		f.Close()
+	}
+}
+
+// What is left of a removed file that nobody has open: attributes, and no descriptor.
+func TestRemovedFiles(t *testing.T) {
+	g := newGuest(t, nil)
+	const n = 200
+	var nodes []uint64
+	for i := range n {
+		e, fh := g.create(1, fmt.Sprint(i), 0o644)
+		g.release(e.NodeID, fh)
+		nodes = append(nodes, e.NodeID)
+	}
+	before := descriptors()
+	for i := range n {
+		g.want(0, g.call(fuse.OpUnlink, 1, append(fmt.Append(nil, i), 0)))
+	}
+	if after := descriptors(); after > before {
+		t.Errorf("%d descriptors for %d removed files", after-before, n)
+	}
+	for _, id := range nodes {
+		a, _ := out[fuse.AttrOut](g, g.call(fuse.OpGetattr, id, body(fuse.GetattrIn{})))
+		if a.Attr.Nlink != 0 || a.Attr.Mode != unix.S_IFREG|0o644 {
+			t.Fatalf("a removed file is %+v", a.Attr)
+		}
+	}
+	g.want(unix.ESTALE, g.call(fuse.OpOpen, nodes[0], body(fuse.OpenIn{})))
+	// A new file under an old name, perhaps with an old number, is another node.
+	e, _ := g.create(1, "0", 0o600)
+	for _, id := range nodes {
+		if e.NodeID == id {
+			t.Errorf("node %d is a removed one", id)
+		}
+	}
+}
+
+// The same, as a program of the guest sees it.
+func TestRemovedFileOnAMount(t *testing.T) {
+	mnt := mount(t, tmpfs(t), Config{})
+	name := filepath.Join(mnt, "file")
+	must(t, os.WriteFile(name, []byte("x"), 0o644))
+	fd, err := unix.Open(name, unix.O_PATH|unix.O_CLOEXEC, 0)
+	must(t, err)
+	defer unix.Close(fd)
+	must(t, unix.Unlink(name))
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Nlink != 0 || st.Size != 1 {
+		t.Errorf("fstat: %v, %+v", err, st)
+	}
+}
