@@ -143,7 +143,7 @@ func requirements(peers []string) error {
 	if slices.Contains(peers, "bindfs") {
 		need["bindfs"] = "bindfs"
 	}
-	if slices.Contains(peers, "sshfs") {
+	if slices.Contains(peers, "sshfs") || slices.Contains(peers, lax) {
 		need["sshfs"], need[sftpServer] = "sshfs", "openssh-sftp-server"
 	}
 	var missing []string

@@ -19,13 +19,14 @@ import (
 const (
 	ours       = "transfused"
 	bare       = "bare"
+	lax        = "sshfs-lax"
 	sftpServer = "/usr/lib/openssh/sftp-server"
 
 	patience = 10 * time.Second // for a mount to come or a process to end
 )
 
 // peerNames in the order of the table: ours last.
-var peerNames = []string{bare, "bindfs", "sshfs", ours}
+var peerNames = []string{bare, "bindfs", lax, "sshfs", ours}
 
 // peer is one way to see the tree, at dir. A mount is there from mount to unmount.
 type peer struct {
@@ -58,9 +59,13 @@ func (p *peer) commands() [][]string {
 	switch p.name {
 	case "bindfs":
 		return [][]string{{"bindfs", "-f", "-o", "attr_timeout=1,entry_timeout=1", p.src, p.dir}}
-	case "sshfs":
+	case "sshfs", lax:
 		// sshfs gives its ssh command one end of a socketpair; ours is a script that ignores host and options.
-		return [][]string{{"sshfs", "-f", "-o", "ssh_command=" + p.c.Dir + "/sftp.sh,dcache_timeout=1,attr_timeout=1,entry_timeout=1", "localhost:" + p.src, p.dir}}
+		options := "ssh_command=" + p.c.Dir + "/sftp.sh,dcache_timeout=1,attr_timeout=1,entry_timeout=1"
+		if p.name != lax {
+			options += ",default_permissions" // as bindfs and ours have it: the kernel checks permissions
+		}
+		return [][]string{{"sshfs", "-f", "-o", options, "localhost:" + p.src, p.dir}}
 	case ours:
 		sock := filepath.Join(p.c.Dir, "host.sock")
 		return [][]string{
