@@ -25,6 +25,7 @@ test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on r
 	$(GO) test -timeout 10m ./...
 
 test-vm: ## the same and more over real virtio-vsock, in a Debian VM (built and cached first)
+	@.ci/deps debootstrap e2fsprogs util-linux debian-archive-keyring
 	$(GO) test -tags vm -count 1 -timeout 30m -v ./service/vmtest
 
 bench: ## time transfused, bindfs and sshfs side by side on one tree

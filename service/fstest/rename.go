@@ -208,7 +208,7 @@ func renameAtomic(e *env) {
 			}
 		})
 	}
-	for i := range 200 {
+	for i := range min(200, e.o.Ops) {
 		e.file("tmp", fmt.Sprint(i%10))
 		e.ok(unix.Rename(e.p("tmp"), e.p("name")), "rename")
 	}

@@ -26,14 +26,6 @@ var (
 	toolsScript []byte
 )
 
-// hostPrograms are the programs that building needs, each with the Debian package that has it.
-var hostPrograms = [][2]string{
-	{"debootstrap", "debootstrap"},
-	{"mke2fs", "e2fsprogs"},
-	{"unshare", "util-linux"},
-	{"/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"},
-}
-
 // Images are the cached results of building.
 type Images struct {
 	Guest string // folder with vmlinuz, initrd.img and disk.img
@@ -92,9 +84,6 @@ func Build(ctx context.Context, log io.Writer) (*Images, error) {
 
 // build runs script into a folder beside dir and renames it to dir in the end.
 func build(ctx context.Context, log io.Writer, name string, script []byte, dir string) error {
-	if err := install(ctx, log); err != nil {
-		return err
-	}
 	part := dir + ".part"
 	if err := os.RemoveAll(part); err != nil { // of a build that was interrupted
 		return err
@@ -132,44 +121,6 @@ func build(ctx context.Context, log io.Writer, name string, script []byte, dir s
 		return fmt.Errorf("%w; the end of %s:\n%s", err, buildLog.Name(), lastLines(text, 20))
 	}
 	return os.Rename(part, dir)
-}
-
-// install gets the missing host packages by apt.
-func install(ctx context.Context, log io.Writer) error {
-	var missing []string
-	for _, p := range hostPrograms {
-		if strings.HasPrefix(p[0], "/") {
-			if _, err := os.Stat(p[0]); err == nil {
-				continue
-			}
-		} else if found(p[0]) {
-			continue
-		}
-		missing = append(missing, p[1])
-	}
-	if missing == nil {
-		return nil
-	}
-	line := "apt-get install -y --no-install-recommends " + strings.Join(missing, " ")
-	fmt.Fprintf(log, "vm images: missing on this machine: %s; running apt-get update and %s\n", strings.Join(missing, ", "), line)
-	out, err := exec.CommandContext(ctx, "sh", "-c", "apt-get update && DEBIAN_FRONTEND=noninteractive "+line).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%s: %w; install them by hand:\n%s", line, err, lastLines(out, 20))
-	}
-	return nil
-}
-
-// found says whether a program is in PATH or in the folders that an ordinary user's PATH lacks.
-func found(program string) bool {
-	if _, err := exec.LookPath(program); err == nil {
-		return true
-	}
-	for _, dir := range []string{"/usr/sbin", "/sbin"} {
-		if _, err := os.Stat(filepath.Join(dir, program)); err == nil {
-			return true
-		}
-	}
-	return false
 }
 
 // mirror is the Debian archive to build from: $TRANSFUSED_VM_MIRROR, else the one that this
