@@ -239,7 +239,7 @@ var errUnmounted = errors.New("unmounted")
 // request reads one request, behind the held bytes of FORGETs in buf, and answers it, sends it to the host, or holds it
 // too. It returns how many bytes are held then, and whether another request is likely to be there already.
 func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error) {
-	n, err := unix.Read(p.dev.fd, buf[held:])
+	n, err := readNow(p.dev.fd, buf[held:])
 	switch err {
 	case nil:
 	case unix.EAGAIN:
@@ -283,7 +283,7 @@ func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error)
 // could otherwise wait for ever.
 func (p *Pump) send(b []byte) error {
 	for {
-		n, err := unix.Write(p.sock, b)
+		n, err := writeNow(p.sock, b)
 		if n > 0 {
 			b = b[n:]
 		}
@@ -310,7 +310,7 @@ func (p *Pump) send(b []byte) error {
 // receive reads what has come from the host and writes each whole message to the device.
 func (p *Pump) receive() error {
 	for {
-		n, err := unix.Read(p.sock, p.in[p.end:])
+		n, err := readNow(p.sock, p.in[p.end:])
 		switch {
 		case err == unix.EINTR:
 			continue
@@ -382,7 +382,7 @@ func (p *Pump) write(msg []byte, unique uint64) error {
 		rec.stop(unique)
 	}
 	for {
-		_, err := unix.Write(p.dev.fd, msg)
+		_, err := writeNow(p.dev.fd, msg)
 		if err == nil {
 			return nil
 		}

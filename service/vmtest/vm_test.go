@@ -117,7 +117,12 @@ func testGuestAsks(t *testing.T, l *lab, s side) {
 		}
 	})
 	t.Run("posix", func(t *testing.T) {
-		out := l.guest(t, "fstest.test -test.run Dir -test.v -entries 50 -ops 50 -missing "+Quote(missing)+" -missing git='tested by itself' -dir "+mnt+"/other >/run/fstest 2>&1; "+
+		cases := "Dir"
+		if s.name == "loopback" {
+			// What depends on how messages travel: data, locks that wait, much at once. All cases run over virtio.
+			cases = "Dir/^(io|lock|mmap|open|readdir|stress)$"
+		}
+		out := l.guest(t, "fstest.test -test.run "+Quote(cases)+" -test.v -entries 50 -ops 50 -missing "+Quote(missing)+" -missing git='tested by itself' -dir "+mnt+"/other >/run/fstest 2>&1; "+
 			"echo exit $?; grep -e '^NOT RUN' /run/fstest; echo the slowest:; grep -e '--- PASS' /run/fstest | sed 's/.*PASS: \\(.*\\) (\\(.*\\)s)/\\2 \\1/' | sort -rn >/run/sorted; head -n 8 /run/sorted")
 		t.Log(out)
 		if !strings.HasPrefix(out, "exit 0\n") {
