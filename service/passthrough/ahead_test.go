@@ -111,7 +111,7 @@ func TestRemovedFiles(t *testing.T) {
 			t.Fatalf("a removed file is %+v", a.Attr)
 		}
 	}
-	g.want(unix.ESTALE, g.call(fuse.OpOpen, nodes[0], body(fuse.OpenIn{})))
+	g.want(unix.ENOENT, g.call(fuse.OpOpen, nodes[0], body(fuse.OpenIn{})))
 	// A new file under an old name, perhaps with an old number, is another node.
 	e, _ := g.create(1, "0", 0o600)
 	for _, id := range nodes {
@@ -121,7 +121,18 @@ func TestRemovedFiles(t *testing.T) {
 	}
 }
 
-// The same, as a program of the guest sees it.
+// A file that another is put in the place of can be opened by who has looked it up before.
+func TestReplacedFile(t *testing.T) {
+	g := newGuest(t, nil)
+	e, fh := g.create(1, "a", 0o644)
+	g.release(e.NodeID, fh)
+	b, fh := g.create(1, "b", 0o644)
+	g.release(b.NodeID, fh)
+	g.want(0, g.call(fuse.OpRename, 1, body(fuse.RenameIn{Newdir: 1}, []byte("b\x00a\x00"))))
+	g.want(0, g.call(fuse.OpOpen, e.NodeID, body(fuse.OpenIn{})))
+}
+
+// A removed file, as a program of the guest sees it.
 func TestRemovedFileOnAMount(t *testing.T) {
 	mnt := mount(t, tmpfs(t), Config{})
 	name := filepath.Join(mnt, "file")

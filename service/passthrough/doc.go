@@ -18,8 +18,8 @@
 //     guest's kernel looks again. So a large tree costs memory alone, and a server without privilege works in the same way. Descriptors
 //     are kept as long as there is room; nodes whose descriptor was closed are found by file handle where the host lets us.
 //   - A directory that the guest itself is about to remove gets a descriptor first, as it may be somebody's working directory, and
-//     so does a file that is open or has another name. Of any other file only the attributes stay: an O_PATH descriptor of it
-//     in the guest can be looked at, and not be opened any more (ESTALE).
+//     so does a file that is open, has another name, or is replaced by a rename. Of any other file only the attributes stay: an O_PATH
+//     descriptor of it in the guest can be looked at, and not be opened any more (ENOENT).
 //   - After each change of names the directory's attributes go ahead of the reply, since the guest's kernel is about to ask for them.
 //   - A directory that the host moves out of the export while the guest uses it stays usable, as for any process of the host
 //     that has it open.

@@ -52,6 +52,10 @@ func (fs *FS) path(n *node, depth, pins int) (int, fuse.Errno) {
 // reach opens n, which has no descriptor. The new one is counted.
 func (fs *FS) reach(n *node, depth int) (int, fuse.Errno) {
 	fs.mu.Lock()
+	if n.last != nil {
+		fs.mu.Unlock()
+		return -1, unix.ENOENT // not ESTALE: to look for it again could go on for ever
+	}
 	parent, name, fh := n.parent, n.name, n.handle
 	var open *handle
 	switch {

@@ -21,7 +21,7 @@ func (r *request) remove(flags int) fuse.Errno {
 	if e != 0 {
 		return e
 	}
-	victim, last := r.keep(dir, name)
+	victim, last := r.keepLast(dir, name)
 	if e := unlinkat(dir, name, flags); e != 0 {
 		return e
 	}
@@ -30,31 +30,45 @@ func (r *request) remove(flags int) fuse.Errno {
 }
 
 // keep finds the node under a name that is about to go, and sees to it that it can still be used, since no name will lead to
-// it: a directory may be somebody's working directory, and another name of a file may be known. Of a file's last name,
-// where nobody has the file open, only the attributes stay: with those the guest's kernel can do no more than look at it,
-// and a descriptor for each file of a tree that is removed would cost more than the removal. nil: the guest does not know it.
-func (r *request) keep(dir int, name cname) (n *node, last *unix.Statx_t) {
+// it: a directory may be somebody's working directory, another name of a file may be known, and who opens a file by a name
+// that always leads to one must not fail because another is put in its place. nil: the guest does not know it.
+func (r *request) keep(dir int, name cname) *node {
 	var st unix.Statx_t
-	if statxAt(dir, name, &st) != 0 {
-		return nil, nil // the system call will say it better
+	n := r.under(dir, name, &st)
+	if n != nil {
+		_, _ = n.path() // without, the guest gets ESTALE from then on
 	}
-	if n = r.known(&st); n == nil {
+	return n
+}
+
+// under finds the node under a name, and what it is.
+func (r *request) under(dir int, name cname, st *unix.Statx_t) *node {
+	if statxAt(dir, name, st) != 0 {
+		return nil // the system call will say it better
+	}
+	return r.known(st)
+}
+
+// keepLast is keep before an unlink. Of a file's last name, where nobody has the file open, only the attributes are kept: the
+// guest can look at it, as a descriptor with O_PATH lets it, and to open it is ENOENT. A descriptor for each file of a
+// tree that is removed would cost more than the removal.
+func (r *request) keepLast(dir int, name cname) (n *node, last *unix.Statx_t) {
+	var st unix.Statx_t
+	if n = r.under(dir, name, &st); n == nil {
 		return nil, nil
 	}
-	if st.Nlink == 1 && n.typ != unix.S_IFDIR {
-		n.fs.mu.Lock()
-		unused := n.fd < 0 && len(n.opens) == 0
-		n.fs.mu.Unlock()
-		if unused {
-			st.Nlink = 0
-			return n, &st
-		}
+	n.fs.mu.Lock()
+	unused := st.Nlink == 1 && n.typ != unix.S_IFDIR && n.fd < 0 && len(n.opens) == 0
+	n.fs.mu.Unlock()
+	if unused {
+		st.Nlink = 0
+		return n, &st
 	}
 	_, _ = n.path() // without, the guest gets ESTALE from then on
 	return n, nil
 }
 
-// lost notes that the guest has removed what keep returned from under a name.
+// lost notes that the guest has removed what keep or keepLast returned from under a name.
 func (r *request) lost(n *node, last *unix.Statx_t, parent *node, name cname) {
 	if n == nil {
 		return

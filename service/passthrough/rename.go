@@ -42,14 +42,13 @@ func (r *request) rename(newdir uint64, flags uint32) fuse.Errno {
 		return e
 	}
 	var victim *node
-	var last *unix.Statx_t
 	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 {
-		victim, last = r.keep(toFD, newname)
+		victim = r.keep(toFD, newname)
 	}
 	if e := renameat2(fromFD, oldname, toFD, newname, flags); e != 0 {
 		return e
 	}
-	r.lost(victim, last, to, newname)
+	r.lost(victim, nil, to, newname)
 	r.found(to, toFD, newname)
 	if flags&unix.RENAME_EXCHANGE != 0 {
 		r.found(from, fromFD, oldname)
