@@ -83,8 +83,8 @@ type configFile struct {
 	} `toml:"guest"`
 }
 
-// config puts file and flags together.
-func (f *flags) config(set *pflag.FlagSet) (c host.Config, debug bool, err error) {
+// config puts file, flags and the sockets that this process was started with together.
+func (f *flags) config(set *pflag.FlagSet, inherited []*transport.Listener) (c host.Config, debug bool, err error) {
 	tokenFile := f.tokenFile
 	if f.file != "" {
 		var file configFile
@@ -99,6 +99,7 @@ func (f *flags) config(set *pflag.FlagSet) (c host.Config, debug bool, err error
 	if len(f.listen) > 0 {
 		c.Listen = f.listen
 	}
+	c.Inherited = inherited
 	given := len(c.Exports)
 	for _, e := range f.exports {
 		// Only those of the file: a tag given twice here is a mistake.

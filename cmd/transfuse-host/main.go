@@ -19,6 +19,7 @@ import (
 
 	"transfused.org/transfused/service/host"
 	"transfused.org/transfused/service/ipc"
+	"transfused.org/transfused/service/sd"
 )
 
 var version = "unknown" // set by the linker
@@ -91,6 +92,10 @@ tables [export.TAG] with dir and the options above, and tables [guest.NAME] with
 Flags win: --listen replaces the file's list; an --export or --guest replaces the one of
 the same tag or address.
 
+Started by systemd it listens on the sockets that it is passed (ListenStream=vsock::1524)
+beside those of --listen, tells when it is ready and how it does (Type=notify), and logs to
+the journal.
+
 Exit codes: 0 ended in order (SIGINT, SIGTERM), 1 failed at run time, 2 bad usage or configuration.`,
 		Example: `  transfuse-host --listen unix:/tmp/h.sock --export code=/usr/share,ro
   transfuse-host --listen vsock:any:1524 --export code=/srv/code,guests=7 --guest vsock:7:1525 --mount code=/mnt/code`,
@@ -99,7 +104,11 @@ Exit codes: 0 ended in order (SIGINT, SIGTERM), 1 failed at run time, 2 bad usag
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, debug, err := f.config(cmd.Flags())
+			ls, err := sd.Listeners()
+			if err != nil {
+				return &runError{err}
+			}
+			c, debug, err := f.config(cmd.Flags(), ls)
 			if err != nil {
 				return err
 			}
@@ -134,12 +143,13 @@ func serve(c host.Config, debug bool) error {
 	if debug {
 		level = slog.LevelDebug
 	}
-	c.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	c.Log = slog.New(sd.LogHandler(os.Stderr, level))
+	c.Ready, c.Status = sd.Ready, sd.Status
 	c.Software = "transfuse-host " + version
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	// A second signal ends the process at once.
-	context.AfterFunc(ctx, stop)
+	context.AfterFunc(ctx, func() { sd.Stopping(); stop() })
 	err := host.Run(ctx, c)
 	if ce := (*host.ConfigError)(nil); err == nil || errors.As(err, &ce) {
 		return err

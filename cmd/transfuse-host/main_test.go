@@ -172,7 +172,7 @@ mounts = ["code=/mnt/code,nosuid"]
 			if err := cmd.ParseFlags(append([]string{"--config", path}, c.args...)); err != nil {
 				t.Fatal(err)
 			}
-			got, _, err := f.config(cmd.Flags())
+			got, _, err := f.config(cmd.Flags(), nil)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -16,6 +15,7 @@ import (
 
 	"transfused.org/transfused/service/config"
 	"transfused.org/transfused/service/guest"
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
 )
 
@@ -51,6 +51,9 @@ the host asks for over the socket; it waits for a host that is not there yet.
 As root it mounts by itself, as an ordinary user by fusermount3. On SIGTERM and SIGINT it unmounts
 everything and ends; SIGHUP switches debug logging on and off.
 
+Started by systemd it listens on the socket that it is passed (ListenStream=vsock::1525) instead of --socket, tells
+when it is ready and how it does (Type=notify), and logs to the journal.
+
 Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration.`,
 		Example: `  transfused --mount code=/mnt/code
   transfused --server unix:/tmp/h.sock --socket unix:/tmp/g.sock --mount code=/mnt/code,ro`,
@@ -65,6 +68,16 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 			log, err := f.log()
 			if err != nil {
 				return &usageError{err}
+			}
+			ls, err := sd.Listeners()
+			if err != nil {
+				return err
+			}
+			if len(ls) > 1 {
+				return fmt.Errorf("%d sockets were passed to this process: pass the one that the host dials", len(ls))
+			}
+			if len(ls) == 1 {
+				c.Listener = ls[0]
 			}
 			return daemon(cmd.Context(), c, log, f.debug)
 		},
@@ -156,14 +169,19 @@ func (f *flags) log() (*os.File, error) {
 }
 
 // daemon runs the daemon until a signal ends it.
-func daemon(ctx context.Context, c guest.Config, out io.Writer, debug bool) error {
+func daemon(ctx context.Context, c guest.Config, out *os.File, debug bool) error {
 	var level slog.LevelVar
 	if debug {
 		level.Set(slog.LevelDebug)
 	}
 	c.Log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: &level}))
+	if out == os.Stderr {
+		c.Log = slog.New(sd.LogHandler(os.Stderr, &level))
+	}
+	c.Ready, c.Status = sd.Ready, sd.Status
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, sd.Stopping)
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, unix.SIGHUP)
 	defer signal.Stop(hup)

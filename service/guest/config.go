@@ -33,6 +33,10 @@ type Config struct {
 	Token      []byte       // that proves this guest over transports that don't
 	Software   string       // program and version, for the host's log
 	Log        *slog.Logger `json:"-"`
+
+	Listener *transport.Listener `json:"-"` // one that this process was started with, in place of Socket; Run closes it
+	Ready    func()              `json:"-"` // called once, when the daemon serves; nil: not
+	Status   func(string)        `json:"-"` // called with what is to be known of the daemon, in words, when that changes; must not wait; nil: not
 }
 
 // MountSpec is a mount that the guest asks for.

@@ -81,11 +81,13 @@ func Run(ctx context.Context, c Config) error {
 	d.host1 = newHost1(c.StateDir, c.Server, d.boot)
 	rand.Read(d.session[:]) // never fails
 
-	var ln *transport.Listener
-	if c.Socket.Family != 0 {
+	ln := c.Listener
+	if ln == nil && c.Socket.Family != 0 {
 		if ln, err = transport.Listen(c.Socket); err != nil {
 			return err
 		}
+	}
+	if ln != nil {
 		defer ln.Close()
 		d.listening = ln.Addr()
 	}
@@ -117,6 +119,10 @@ func (d *daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *
 	if ln != nil {
 		askers.Go(func() { d.acceptLoop(ctx, ln) })
 	}
+	if d.c.Ready != nil {
+		d.c.Ready()
+	}
+	d.tell()
 	d.keepAll(ctx, cancel, &askers, ln != nil)
 
 	<-ctx.Done()
@@ -226,9 +232,33 @@ func (d *daemon) up(c *control) {
 	close(d.upOrNot)
 	d.upOrNot = make(chan struct{})
 	d.mu.Unlock()
+	d.tell()
 }
 
-func (d *daemon) down(c *control) { d.control.CompareAndSwap(c, nil) }
+func (d *daemon) down(c *control) {
+	if d.control.CompareAndSwap(c, nil) {
+		d.tell()
+	}
+}
+
+// tell tells how the daemon does.
+func (d *daemon) tell() {
+	if d.c.Status == nil {
+		return
+	}
+	d.mu.Lock() // also so that what is told last is the latest
+	defer d.mu.Unlock()
+	n := len(d.mounts)
+	mounts := fmt.Sprintf("%d mounts", n)
+	if n == 1 {
+		mounts = "1 mount"
+	}
+	status := fmt.Sprintf("%s, waiting for the host at %s", mounts, d.c.Server)
+	if c := d.control.Load(); c != nil {
+		status = fmt.Sprintf("%s, host connected, protocol %d", mounts, c.version)
+	}
+	d.c.Status(status)
+}
 
 // waitControl waits for a control channel that is up; nil when ctx ends.
 func (d *daemon) waitControl(ctx context.Context) *control {

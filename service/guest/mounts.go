@@ -94,6 +94,7 @@ func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
 		log = log.With("tag", m.tag)
 	}
 	log.Info("mounted")
+	d.tell()
 	if ending {
 		d.unmount(m, wire.ReasonShutdown)
 		return nil, errEnding
@@ -140,6 +141,7 @@ func (d *daemon) run(m *mount) {
 	delete(d.mounts, m.key)
 	reason := m.why
 	d.mu.Unlock()
+	d.tell()
 	if reason == 0 {
 		reason = wire.ReasonAsked
 	}

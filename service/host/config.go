@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"transfused.org/transfused/service/transport"
@@ -27,6 +28,21 @@ type Config struct {
 	AllowUnprivileged bool
 	Software          string       // program and version, for the guests' logs
 	Log               *slog.Logger // nil for none
+
+	// Inherited are sockets that this process was started with, beside those
+	// of Listen. Run closes them.
+	Inherited []*transport.Listener
+	Ready     func()       // called once, when the server serves; nil: not
+	Status    func(string) // called with how the server does, in words, when that changes; must not wait; nil: not
+}
+
+// addresses are all that is listened on.
+func (c *Config) addresses() []transport.Addr {
+	all := slices.Clone(c.Listen)
+	for _, l := range c.Inherited {
+		all = append(all, l.Addr())
+	}
+	return all
 }
 
 // Guest is a guest whose mounts the host asks for, by the address that the
@@ -56,7 +72,7 @@ func ParseGuestMount(s string) (GuestMount, error) {
 
 // Check finds mistakes before anything is started. Run calls it too.
 func (c *Config) Check() error {
-	if len(c.Listen) == 0 {
+	if len(c.addresses()) == 0 {
 		return errors.New("no address to listen on: give --listen ADDR")
 	}
 	if len(c.Exports) == 0 {

@@ -32,6 +32,9 @@ type server struct {
 	strangers *gate
 	limits    confinement // of each worker; paths and capabilities come with the session
 
+	ready  func() // of Config
+	status func(string)
+
 	wg sync.WaitGroup // all goroutines but the workers' readers, which the sessions wait for
 
 	mu       sync.Mutex // guards the rest; taken before a session's own
@@ -97,7 +100,7 @@ func newServer(c Config) *server {
 		log = slog.New(slog.DiscardHandler)
 	}
 	s := &server{
-		log: log, software: c.Software, times: defaultTimes, refused: newRefusals(toldAgain, 20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
+		log: log, software: c.Software, ready: c.Ready, status: c.Status, times: defaultTimes, refused: newRefusals(toldAgain, 20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
 		limits:   confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
 		sessions: map[*session]bool{}, quotas: map[identity]quota{},
 		policy: policy{
@@ -121,7 +124,7 @@ func Run(ctx context.Context, c Config) error {
 	if err := s.tryWorker(); err != nil {
 		return err
 	}
-	var ls []*transport.Listener
+	ls := c.Inherited
 	for _, a := range c.Listen {
 		l, err := transport.Listen(a)
 		if err != nil {
@@ -137,6 +140,14 @@ func Run(ctx context.Context, c Config) error {
 	}
 	s.serve(ctx, ls)
 	return nil
+}
+
+// tellStatus tells how the server does. Precondition: s.mu is held.
+func (s *server) tellStatus() {
+	if s.status == nil {
+		return
+	}
+	s.status(fmt.Sprintf("exports: %d, sessions of guests: %d", len(s.exports), len(s.sessions)))
 }
 
 // tryWorker finds out at the start, and not at the first mount, whether
@@ -173,6 +184,12 @@ func (s *server) serve(ctx context.Context, ls []*transport.Listener) {
 	for _, l := range ls {
 		s.wg.Go(func() { s.accept(ctx, l) })
 	}
+	if s.ready != nil {
+		s.ready()
+	}
+	s.mu.Lock()
+	s.tellStatus()
+	s.mu.Unlock()
 	<-ctx.Done()
 	for _, l := range ls {
 		l.Close()
@@ -366,6 +383,7 @@ func (s *server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*
 	}
 	ss := newSession(ctx, s, p, m)
 	s.sessions[ss] = true
+	s.tellStatus()
 	s.wg.Go(ss.run)
 	return ss, nil
 }

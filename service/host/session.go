@@ -141,6 +141,7 @@ func (ss *session) run() {
 	}
 	ss.srv.mu.Lock()
 	delete(ss.srv.sessions, ss)
+	ss.srv.tellStatus()
 	ss.srv.mu.Unlock()
 
 	ss.mu.Lock()

@@ -13,18 +13,18 @@ import (
 // warnings are what of c can serve nobody, each a line with its mend. It is no error: what is left serves others.
 func (c *Config) warnings() []string {
 	var ws []string
-	for _, a := range c.Listen {
+	for _, a := range c.addresses() {
 		if a.Family == transport.Hybrid && len(c.Token) == 0 && !c.AllowUnprivileged {
 			ws = append(ws, fmt.Sprintf("listen %s: every guest will be refused, since hybrid vsock hides who connects: give both ends a --token-file, or start this one with --allow-unprivileged-guests", a))
 		}
 	}
-	users := slices.ContainsFunc(c.Listen, func(a transport.Addr) bool { return a.Family == transport.Unix })
+	users := slices.ContainsFunc(c.addresses(), func(a transport.Addr) bool { return a.Family == transport.Unix })
 	for _, e := range c.Exports {
 		if len(e.Guests) == 0 && !users && !c.mountedBy(e.Tag) {
 			ws = append(ws, fmt.Sprintf("export %s: nobody may mount it, since over vsock only those may whom it names: add guests=CID, guests=PATH or guests=any", e.Tag))
 		}
 		for _, r := range e.Guests {
-			if !slices.ContainsFunc(c.Listen, r.reachableBy) {
+			if !slices.ContainsFunc(c.addresses(), r.reachableBy) {
 				ws = append(ws, fmt.Sprintf("export %s: guests=%s: no guest of that name can connect: add the --listen for it, or correct the name", e.Tag, r))
 			}
 		}

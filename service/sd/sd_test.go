@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sd
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/coreos/go-systemd/v22/journal"
+	"github.com/google/go-cmp/cmp"
+)
+
+// listenEnv marks the child that takes what it was started with.
+const listenEnv = "SD_TEST_LISTEN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(listenEnv) == "" {
+		os.Exit(m.Run())
+	}
+	ls, err := Listeners()
+	if err != nil {
+		fmt.Println("error:", err)
+	}
+	for _, l := range ls {
+		fmt.Println(l.Addr())
+		c, err := l.Accept()
+		if err != nil {
+			fmt.Println("error:", err)
+			continue
+		}
+		c.Write([]byte("served"))
+		c.Close()
+	}
+	fmt.Printf("left: %q\n", os.Getenv("LISTEN_FDS")+os.Getenv("LISTEN_PID")+os.Getenv("LISTEN_FDNAMES"))
+}
+
+// activated starts this program with files, as a service manager does, and returns what it writes.
+func activated(t *testing.T, files ...*os.File) (out func() string) {
+	t.Helper()
+	// Only a shell knows the pid before the program runs.
+	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec "$0"`, os.Args[0])
+	cmd.Env = append(os.Environ(), listenEnv+"=1", fmt.Sprintf("LISTEN_FDS=%d", len(files)), "LISTEN_FDNAMES=first:second")
+	cmd.ExtraFiles = files
+	var b bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &b, &b
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return func() string {
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("the child: %v", err)
+		}
+		return b.String()
+	}
+}
+
+func TestListeners(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	f, err := ln.(*net.UnixListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	out := activated(t, f)
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	b, err := io.ReadAll(c)
+	if err != nil || string(b) != "served" {
+		t.Errorf("read %q, %v", b, err)
+	}
+	if diff := cmp.Diff("unix:"+path+"\nleft: \"\"\n", out()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestListenersRefuse(t *testing.T) {
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := os.NewFile(uintptr(fds[0]), "a"), os.NewFile(uintptr(fds[1]), "b")
+	defer a.Close()
+	defer b.Close()
+	out := activated(t, a)()
+	if !strings.HasPrefix(out, "error: inherited socket first: ") || !strings.Contains(out, "ListenStream=") {
+		t.Errorf("%q does not name the socket and the mend", out)
+	}
+}
+
+func TestNoListeners(t *testing.T) {
+	if ls, err := Listeners(); ls != nil || err != nil {
+		t.Errorf("%v, %v", ls, err)
+	}
+}
+
+func TestNotify(t *testing.T) {
+	Ready() // to nobody
+	path := filepath.Join(t.TempDir(), "n")
+	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	t.Setenv("NOTIFY_SOCKET", path)
+	next := func(want string) {
+		t.Helper()
+		buf := make([]byte, 256)
+		n, err := c.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, string(buf[:n])); diff != "" {
+			t.Error(diff)
+		}
+	}
+	Ready()
+	next("READY=1")
+	Status("2 mounts,\nhost connected")
+	next("STATUS=2 mounts, host connected")
+	Stopping()
+	next("STOPPING=1")
+}
+
+type sent struct {
+	text     string
+	priority journal.Priority
+	vars     map[string]string
+}
+
+func TestJournal(t *testing.T) {
+	var got []sent
+	h := &journalHandler{level: slog.LevelInfo, fallback: slog.DiscardHandler, send: func(m string, p journal.Priority, v map[string]string) error {
+		delete(v, "CODE_LINE")
+		v["CODE_FILE"] = filepath.Base(v["CODE_FILE"])
+		got = append(got, sent{m, p, v})
+		return nil
+	}}
+	log := slog.New(h).With("tag", "code")
+	log.Debug("not this")
+	log.Info("mounted", "dir", "/mnt/code")
+	log.Warn("refused", "peer-name", "a\nPRIORITY=0 \"b\"", "error", fmt.Errorf("dial: %w", syscall.ECONNREFUSED))
+	const fn = "transfused.org/transfused/service/sd.TestJournal"
+	want := []sent{
+		{"mounted tag=code dir=/mnt/code", journal.PriInfo, map[string]string{
+			"TRANSFUSED_TAG": "code", "TRANSFUSED_DIR": "/mnt/code", "CODE_FILE": "sd_test.go", "CODE_FUNC": fn}},
+		{`refused tag=code peer-name="a\nPRIORITY=0 \"b\"" error="dial: connection refused"`, journal.PriWarning, map[string]string{
+			"TRANSFUSED_TAG": "code", "TRANSFUSED_PEER_NAME": "a\nPRIORITY=0 \"b\"", "TRANSFUSED_ERROR": "dial: connection refused",
+			"ERRNO": "111", "CODE_FILE": "sd_test.go", "CODE_FUNC": fn}},
+	}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(sent{})); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestJournalFallsBack(t *testing.T) {
+	var b bytes.Buffer
+	h := &journalHandler{level: slog.LevelInfo, fallback: slog.NewTextHandler(&b, nil),
+		send: func(string, journal.Priority, map[string]string) error { return errors.New("no journal") }}
+	slog.New(h).With("tag", "code").Info("mounted")
+	if !strings.Contains(b.String(), "msg=mounted tag=code") {
+		t.Errorf("wrote %q", b.String())
+	}
+	if _, ok := LogHandler(&b, slog.LevelInfo).(*slog.TextHandler); !ok {
+		t.Error("where standard error is no journal, a text is written")
+	}
+}
