@@ -234,6 +234,7 @@ func TestLog(t *testing.T) {
 	first := r.host("")
 	guest.await("no export nothing for this guest (no such file or directory): there are code")
 	r.mounted(r.mnt)
+	first.await("msg=mounted")
 	first.stop(unix.SIGINT)
 	r.unmounted(r.mnt)
 	guest.awaitTimes("waiting for the host", 2)
