@@ -156,8 +156,9 @@ type Guest interface {
 	Mounts() []Mount
 	// Mount mounts an export and returns when it stands, or when the host or the kernel has refused it. It waits for the host until ctx ends.
 	Mount(ctx context.Context, spec MountSpec) (Mount, error)
-	// Adopt serves a FUSE file system that the caller has mounted, in its own mount namespace, with the options that Offer returned for spec. It owns dev.
-	Adopt(ctx context.Context, spec MountSpec, dev *os.File) (Mount, error)
+	// Detached makes a mount that is nowhere yet, for a caller whose mount namespace is another: move_mount(2) of the descriptor puts
+	// it at spec.Directory there. If it is closed before, the mount ends.
+	Detached(ctx context.Context, spec MountSpec) (*os.File, Mount, error)
 	// Unmount ends a mount. A configured mount stays unmounted until the configuration is read again.
 	Unmount(ctx context.Context, id string, how Unmounting) error
 	// Remount makes a mount read-only, or writable where the host lets it.
