@@ -174,7 +174,7 @@ func daemon(ctx context.Context, c guest.Config, out *os.File, debug bool) error
 	if debug {
 		level.Set(slog.LevelDebug)
 	}
-	c.Log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: &level}))
+	c.Log = slog.New(sd.TextHandler(out, &level))
 	if out == os.Stderr {
 		c.Log = slog.New(sd.LogHandler(os.Stderr, &level))
 	}

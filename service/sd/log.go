@@ -17,11 +17,21 @@ import (
 
 // LogHandler logs to the journal if standard error leads there, else as text to w.
 func LogHandler(w io.Writer, level slog.Leveler) slog.Handler {
-	text := slog.NewTextHandler(w, &slog.HandlerOptions{Level: level})
+	text := TextHandler(w, level)
 	if ok, err := journal.StderrIsJournalStream(); err != nil || !ok {
 		return text
 	}
 	return &journalHandler{level: level, send: journal.Send, fallback: text}
+}
+
+// TextHandler logs as text to w.
+func TextHandler(w io.Writer, level slog.Leveler) slog.Handler {
+	return slog.NewTextHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+		if a.Key == eventKey {
+			return slog.Attr{}
+		}
+		return a
+	}})
 }
 
 // journalHandler sends records by the journal's native protocol. Without groups: our programs use none.
@@ -50,6 +60,10 @@ func (h *journalHandler) Handle(ctx context.Context, r slog.Record) error {
 	text.WriteString(r.Message)
 	vars := map[string]string{}
 	add := func(a slog.Attr) bool {
+		if a.Key == eventKey {
+			vars["MESSAGE_ID"] = a.Value.String()
+			return true
+		}
 		value := a.Value.Resolve()
 		s := value.String()
 		text.WriteString(" " + a.Key + "=")

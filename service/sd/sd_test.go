@@ -155,11 +155,12 @@ func TestJournal(t *testing.T) {
 	}}
 	log := slog.New(h).With("tag", "code")
 	log.Debug("not this")
-	log.Info("mounted", "dir", "/mnt/code")
+	log.Info("mounted", "dir", "/mnt/code", Mounted.Attr())
 	log.Warn("refused", "peer-name", "a\nPRIORITY=0 \"b\"", "error", fmt.Errorf("dial: %w", syscall.ECONNREFUSED))
 	const fn = "transfused.org/transfused/service/sd.TestJournal"
 	want := []sent{
 		{"mounted tag=code dir=/mnt/code", journal.PriInfo, map[string]string{
+			"MESSAGE_ID": string(Mounted),
 			"TRANSFUSED_TAG": "code", "TRANSFUSED_DIR": "/mnt/code", "CODE_FILE": "sd_test.go", "CODE_FUNC": fn}},
 		{`refused tag=code peer-name="a\nPRIORITY=0 \"b\"" error="dial: connection refused"`, journal.PriWarning, map[string]string{
 			"TRANSFUSED_TAG": "code", "TRANSFUSED_PEER_NAME": "a\nPRIORITY=0 \"b\"", "TRANSFUSED_ERROR": "dial: connection refused",
@@ -175,6 +176,10 @@ func TestJournalFallsBack(t *testing.T) {
 	h := &journalHandler{level: slog.LevelInfo, fallback: slog.NewTextHandler(&b, nil),
 		send: func(string, journal.Priority, map[string]string) error { return errors.New("no journal") }}
 	slog.New(h).With("tag", "code").Info("mounted")
+	slog.New(TextHandler(&b, slog.LevelInfo)).Info("again", Mounted.Attr())
+	if strings.Contains(b.String(), string(Mounted)) {
+		t.Errorf("a text has the id: %q", b.String())
+	}
 	if !strings.Contains(b.String(), "msg=mounted tag=code") {
 		t.Errorf("wrote %q", b.String())
 	}
