@@ -160,7 +160,7 @@ func TestJournal(t *testing.T) {
 	const fn = "transfused.org/transfused/service/sd.TestJournal"
 	want := []sent{
 		{"mounted tag=code dir=/mnt/code", journal.PriInfo, map[string]string{
-			"MESSAGE_ID": string(Mounted),
+			"MESSAGE_ID":     string(Mounted),
 			"TRANSFUSED_TAG": "code", "TRANSFUSED_DIR": "/mnt/code", "CODE_FILE": "sd_test.go", "CODE_FUNC": fn}},
 		{`refused tag=code peer-name="a\nPRIORITY=0 \"b\"" error="dial: connection refused"`, journal.PriWarning, map[string]string{
 			"TRANSFUSED_TAG": "code", "TRANSFUSED_PEER_NAME": "a\nPRIORITY=0 \"b\"", "TRANSFUSED_ERROR": "dial: connection refused",
