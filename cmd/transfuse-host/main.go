@@ -104,11 +104,11 @@ Exit codes: 0 ended in order (SIGINT, SIGTERM), 1 failed at run time, 2 bad usag
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ls, err := sd.Listeners()
-			if err != nil {
-				return &runError{err}
+			passed, errs := sd.Take()
+			if len(errs) > 0 {
+				return &runError{errs[0]}
 			}
-			c, debug, err := f.config(cmd.Flags(), ls)
+			c, debug, err := f.config(cmd.Flags(), passed.Listeners)
 			if err != nil {
 				return err
 			}

@@ -69,15 +69,14 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 			if err != nil {
 				return &usageError{err}
 			}
-			ls, err := sd.Listeners()
-			if err != nil {
-				return err
+			passed, errs := sd.Take()
+			if len(errs) > 0 {
+				return errs[0]
 			}
-			if len(ls) > 1 {
-				return fmt.Errorf("%d sockets were passed to this process: pass the one that the host dials", len(ls))
-			}
-			if len(ls) == 1 {
-				c.Listener = ls[0]
+			if n := len(passed.Listeners); n > 1 {
+				return fmt.Errorf("%d sockets for the host were passed to this process: pass the one that the host dials", n)
+			} else if n == 1 {
+				c.Listener = passed.Listeners[0]
 			}
 			return daemon(cmd.Context(), c, log, f.debug)
 		},

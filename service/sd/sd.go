@@ -3,7 +3,11 @@
 package sd
 
 import (
+	"errors"
+	"fmt"
+	"net"
 	"os"
+	"regexp"
 	"strings"
 	"sync"
 
@@ -13,27 +17,92 @@ import (
 	"transfused.org/transfused/service/transport"
 )
 
-// Listeners returns the listening sockets that this process was started with (sd_listen_fds(3)), vsock and Unix, in their
-// order; none if it was not started so. It is called once. One that is no listening stream socket is an error that
-// names it, and then none is left open.
-func Listeners() ([]*transport.Listener, error) {
-	var ls []*transport.Listener
-	var failed error
+// Passed descriptors are told apart by their names (FileDescriptorName=, FDNAME=). A socket with another name is one for peers.
+
+// ControlName is the name of the control socket.
+const ControlName = "control"
+
+// storedName has the names of what a program itself put into its store: ID.STREAM of a mount.
+var storedName = regexp.MustCompile(`^[0-9]+\.[0-9]+$`)
+
+// Passed is what this process was started with (sd_listen_fds(3)). Who takes it owns everything in it.
+type Passed struct {
+	Listeners []*transport.Listener // vsock and Unix sockets for peers, in their order
+	Control   *net.UnixListener     // nil: none
+	Stored    []Stored              // from the store
+}
+
+// Stored are the descriptors that were put into the store under one name.
+type Stored struct {
+	Name  string
+	Files []*os.File
+}
+
+// Close closes everything in p.
+func (p *Passed) Close() {
+	for _, l := range p.Listeners {
+		l.Close()
+	}
+	if p.Control != nil {
+		p.Control.Close()
+	}
+	for _, s := range p.Stored {
+		for _, f := range s.Files {
+			f.Close()
+		}
+	}
+}
+
+// Take takes what this process was started with; nothing if it was not started so. It is called once, before anything is started. A
+// socket that is no listening stream socket is left out, and an error names it: what else was passed can be served all the same.
+func Take() (p *Passed, errs []error) {
+	p = &Passed{}
 	for _, f := range activation.Files(true) {
-		l, err := transport.FromFile(f)
-		if err != nil {
-			failed = err
-			continue
+		switch {
+		case storedName.MatchString(f.Name()):
+			p.add(f.Name(), f)
+		case f.Name() == ControlName:
+			if err := p.takeControl(f); err != nil {
+				errs = append(errs, err)
+			}
+		default:
+			l, err := transport.FromFile(f)
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			p.Listeners = append(p.Listeners, l)
 		}
-		ls = append(ls, l)
 	}
-	if failed != nil {
-		for _, l := range ls {
-			l.Close()
+	return p, errs
+}
+
+func (p *Passed) takeControl(f *os.File) error {
+	defer f.Close()
+	if p.Control != nil {
+		return fmt.Errorf("inherited socket %s: there are two: only one unit may have FileDescriptorName=%[1]s", ControlName)
+	}
+	ln, err := net.FileListener(f)
+	if u, ok := ln.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+		p.Control = u
+		return nil
+	}
+	if err == nil {
+		ln.Close()
+		err = errors.New("it is of another address family")
+	}
+	return fmt.Errorf("inherited socket %s: it is no listening Unix socket (%w): use ListenStream=/PATH and Accept=no in its unit", ControlName, err)
+}
+
+func (p *Passed) add(name string, f *os.File) {
+	for i := range p.Stored {
+		if p.Stored[i].Name == name {
+			p.Stored[i].Files = append(p.Stored[i].Files, f)
+			return
 		}
-		return nil, failed
 	}
-	return ls, nil
+	p.Stored = append(p.Stored, Stored{name, []*os.File{f}})
 }
 
 // Ready tells that the service serves.
@@ -53,8 +122,7 @@ func Status(text string) {
 	teller.Do(func() {
 		go func() {
 			for text := range status {
-				// A newline would begin another assignment.
-				notify("STATUS=" + strings.ReplaceAll(text, "\n", " "))
+				notify("STATUS=" + oneLine(text))
 			}
 		}()
 	})
@@ -70,6 +138,9 @@ func Status(text string) {
 		}
 	}
 }
+
+// oneLine keeps text from beginning another assignment.
+func oneLine(text string) string { return strings.ReplaceAll(text, "\n", " ") }
 
 func notify(state string) {
 	if os.Getenv("NOTIFY_SOCKET") == "" {

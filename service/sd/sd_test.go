@@ -27,11 +27,17 @@ func TestMain(m *testing.M) {
 	if os.Getenv(listenEnv) == "" {
 		os.Exit(m.Run())
 	}
-	ls, err := Listeners()
-	if err != nil {
+	p, errs := Take()
+	for _, err := range errs {
 		fmt.Println("error:", err)
 	}
-	for _, l := range ls {
+	for _, s := range p.Stored {
+		fmt.Println("stored", s.Name, len(s.Files))
+	}
+	if p.Control != nil {
+		fmt.Println("control", p.Control.Addr())
+	}
+	for _, l := range p.Listeners {
 		fmt.Println(l.Addr())
 		c, err := l.Accept()
 		if err != nil {
@@ -45,11 +51,11 @@ func TestMain(m *testing.M) {
 }
 
 // activated starts this program with files, as a service manager does, and returns what it writes.
-func activated(t *testing.T, files ...*os.File) (out func() string) {
+func activated(t *testing.T, names string, files ...*os.File) (out func() string) {
 	t.Helper()
 	// Only a shell knows the pid before the program runs.
 	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ exec "$0"`, os.Args[0])
-	cmd.Env = append(os.Environ(), listenEnv+"=1", fmt.Sprintf("LISTEN_FDS=%d", len(files)), "LISTEN_FDNAMES=first:second")
+	cmd.Env = append(os.Environ(), listenEnv+"=1", fmt.Sprintf("LISTEN_FDS=%d", len(files)), "LISTEN_FDNAMES="+names)
 	cmd.ExtraFiles = files
 	var b bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &b, &b
@@ -64,7 +70,7 @@ func activated(t *testing.T, files ...*os.File) (out func() string) {
 	}
 }
 
-func TestListeners(t *testing.T) {
+func TestTake(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	ln, err := net.Listen("unix", path)
 	if err != nil {
@@ -76,7 +82,12 @@ func TestListeners(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	out := activated(t, f)
+	null, err := os.Open("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	out := activated(t, "guest:control:7.0:7.0:3.0", f, f, null, null, null)
 	c, err := net.Dial("unix", path)
 	if err != nil {
 		t.Fatal(err)
@@ -86,12 +97,12 @@ func TestListeners(t *testing.T) {
 	if err != nil || string(b) != "served" {
 		t.Errorf("read %q, %v", b, err)
 	}
-	if diff := cmp.Diff("unix:"+path+"\nleft: \"\"\n", out()); diff != "" {
+	if diff := cmp.Diff("stored 7.0 2\nstored 3.0 1\ncontrol "+path+"\nunix:"+path+"\nleft: \"\"\n", out()); diff != "" {
 		t.Error(diff)
 	}
 }
 
-func TestListenersRefuse(t *testing.T) {
+func TestTakeRefuses(t *testing.T) {
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -99,15 +110,47 @@ func TestListenersRefuse(t *testing.T) {
 	a, b := os.NewFile(uintptr(fds[0]), "a"), os.NewFile(uintptr(fds[1]), "b")
 	defer a.Close()
 	defer b.Close()
-	out := activated(t, a)()
-	if !strings.HasPrefix(out, "error: inherited socket first: ") || !strings.Contains(out, "ListenStream=") {
-		t.Errorf("%q does not name the socket and the mend", out)
+	path := filepath.Join(t.TempDir(), "s")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	f, err := ln.(*net.UnixListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	g, err := tcp.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	out := activated(t, "first:control:guest", a, g, f)
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if b, err := io.ReadAll(c); err != nil || string(b) != "served" {
+		t.Errorf("the good one: read %q, %v", b, err)
+	}
+	text := out()
+	for _, want := range []string{"error: inherited socket first: ", "error: inherited socket control: it is no listening Unix socket"} {
+		if !strings.Contains(text, want) || !strings.Contains(text, "ListenStream=") {
+			t.Errorf("%q does not say %q and the mend", text, want)
+		}
 	}
 }
 
-func TestNoListeners(t *testing.T) {
-	if ls, err := Listeners(); ls != nil || err != nil {
-		t.Errorf("%v, %v", ls, err)
+func TestTakeNothing(t *testing.T) {
+	if p, errs := Take(); p.Listeners != nil || p.Control != nil || p.Stored != nil || errs != nil {
+		t.Errorf("%v, %v", p, errs)
 	}
 }
 
