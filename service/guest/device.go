@@ -14,8 +14,7 @@ import (
 // own, which costs half of the way through the poller (doc.go) and can be woken, as a blocking read can't. And who only
 // writes to it is not woken by the kernel for every request.
 type device struct {
-	fd   int // non-blocking; for who reads and writes, and has ended before close
-	wake int // an eventfd that ends wait
+	fd int // non-blocking; for who reads and writes, and has ended before close
 
 	mu     sync.Mutex
 	closed bool
@@ -37,38 +36,74 @@ func newDevice(f *os.File) (*device, error) {
 	if dupErr != nil {
 		return nil, os.NewSyscallError("fcntl", dupErr)
 	}
-	if d.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		unix.Close(d.fd)
-		return nil, os.NewSyscallError("eventfd", err)
-	}
 	return d, nil
 }
 
 // Write writes one message.
 func (d *device) Write(b []byte) (int, error) { return unix.Write(d.fd, b) }
 
-// waitWith waits for something to read, or for events on sock, for at most timeout milliseconds (-1: for ever). The error
-// is os.ErrClosed after end. Both false and 0: the time has passed.
-func (d *device) waitWith(sock int, events int16, timeout int) (ready bool, of int16, err error) {
-	fds := [...]unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}, {Fd: int32(d.wake), Events: unix.POLLIN}, {Fd: int32(sock), Events: events}}
+// waitWith waits for something to read, or for events on sock, for at most timeout milliseconds (-1: for ever). woken: the
+// waker was; both false and 0: the time has passed.
+func (d *device) waitWith(w *waker, sock int, events int16, timeout int) (ready bool, of int16, woken bool, err error) {
+	fds := [...]unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}, {Fd: int32(w.fd), Events: unix.POLLIN}, {Fd: int32(sock), Events: events}}
 	for {
 		_, err := unix.Poll(fds[:], timeout)
 		switch {
 		case err == unix.EINTR:
 			continue
 		case err != nil:
-			return false, 0, os.NewSyscallError("poll", err)
-		case fds[1].Revents != 0:
-			return false, 0, os.ErrClosed
+			return false, 0, false, os.NewSyscallError("poll", err)
 		}
-		return fds[0].Revents != 0, fds[2].Revents, nil
+		return fds[0].Revents != 0, fds[2].Revents, fds[1].Revents != 0, nil
 	}
 }
 
-// end wakes waitWith, now and for ever.
-func (d *device) end() {
-	// It can't fail: the counter is far from its limit.
-	_, _ = unix.Write(d.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+// waitGone waits until the file system is unmounted or aborted (true), or the waker is woken (false). Requests don't end it.
+func (d *device) waitGone(w *waker) bool {
+	fds := [...]unix.PollFd{{Fd: int32(d.fd)}, {Fd: int32(w.fd), Events: unix.POLLIN}}
+	for {
+		_, err := unix.Poll(fds[:], -1)
+		switch {
+		case err == unix.EINTR:
+		case fds[0].Revents != 0:
+			return true
+		case err != nil || fds[1].Revents != 0:
+			return false
+		}
+	}
+}
+
+// waker ends a poll(2), now and for ever.
+type waker struct {
+	fd int // an eventfd
+
+	mu     sync.Mutex
+	closed bool
+}
+
+func newWaker() (*waker, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return nil, os.NewSyscallError("eventfd", err)
+	}
+	return &waker{fd: fd}, nil
+}
+
+// wake may be called at any time, also after close.
+func (w *waker) wake() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.closed {
+		// It can't fail: the counter is far from its limit.
+		_, _ = unix.Write(w.fd, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	}
+}
+
+func (w *waker) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closed = true
+	unix.Close(w.fd)
 }
 
 // dup returns a duplicate, for passing it on. It may be called at any time.
@@ -85,13 +120,12 @@ func (d *device) dup() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "/dev/fuse"), nil
 }
 
-// close closes the descriptors. Nobody may be reading, writing or waiting.
+// close closes the descriptor. Nobody may be reading, writing or waiting.
 func (d *device) close() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.closed = true
 	unix.Close(d.fd)
-	unix.Close(d.wake)
 }
 
 // readNow and writeNow are read(2) and write(2) of a non-blocking descriptor, which need not tell the scheduler.

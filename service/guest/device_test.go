@@ -32,19 +32,38 @@ func TestDevice(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if ready, _, err := d.waitWith(-1, 0, 1); ready || err != nil {
-		t.Errorf("wait with nothing there: %v, %v", ready, err)
+	w, err := newWaker()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ready, _, woken, err := d.waitWith(w, -1, 0, 1); ready || woken || err != nil {
+		t.Errorf("wait with nothing there: %v, %v, %v", ready, woken, err)
 	}
 	unix.Write(kernel, []byte("request"))
-	if ready, _, err := d.waitWith(-1, 0, -1); !ready || err != nil {
-		t.Errorf("wait with a request there: %v, %v", ready, err)
+	if ready, _, woken, err := d.waitWith(w, -1, 0, -1); !ready || woken || err != nil {
+		t.Errorf("wait with a request there: %v, %v, %v", ready, woken, err)
 	}
 	unix.Read(d.fd, make([]byte, 16))
-	done := make(chan error)
-	go func() { _, _, err := d.waitWith(-1, 0, -1); done <- err }()
-	d.end()
-	if err := <-done; err != os.ErrClosed {
-		t.Errorf("wait after end: %v, want os.ErrClosed", err)
+	done, gone := make(chan bool), make(chan bool)
+	go func() { _, _, woken, _ := d.waitWith(w, -1, 0, -1); done <- woken }()
+	go func() { gone <- d.waitGone(w) }()
+	w.wake()
+	if !<-done {
+		t.Error("wait ended, and was not woken")
+	}
+	if <-gone {
+		t.Error("gone, when it was only woken")
+	}
+	w.close()
+	w.wake() // harmless
+	if w, err = newWaker(); err != nil {
+		t.Fatal(err)
+	}
+	defer w.close()
+	go func() { gone <- d.waitGone(w) }()
+	unix.Shutdown(kernel, unix.SHUT_RDWR)
+	if !<-gone {
+		t.Error("not gone, when it was")
 	}
 	g, err := d.dup()
 	if err != nil {

@@ -93,7 +93,7 @@ func FuzzReplies(f *testing.F) {
 			host.Close()
 		}()
 		for err == nil {
-			if _, _, err = p.dev.waitWith(p.sock, unix.POLLIN, -1); err == nil {
+			if _, _, _, err = p.dev.waitWith(p.waker, p.sock, unix.POLLIN, -1); err == nil {
 				err = p.receive()
 			}
 		}
@@ -104,6 +104,7 @@ func FuzzReplies(f *testing.F) {
 			t.Errorf("buffers of %d and %d bytes", p.maxReply, p.requestSize)
 		}
 		p.dev.close()
+		p.waker.close()
 		unix.Close(p.sock)
 	})
 }

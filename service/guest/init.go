@@ -57,6 +57,9 @@ func (p *Pump) initReply(msg []byte) error {
 	p.maxReply = max(minReply, int(pages)*pageSize+fuse.OutHeaderSize+headRoom)
 	p.requestSize = int(max(minRequest, write)) + headRoom + maxForgets
 	p.maxWrite.Store(write) // last: from here on a reply is not looked at again
+	if p.agreed != nil {
+		p.agreed(agreed{p.requestSize, p.maxReply, p.minor.Load(), write})
+	}
 	return nil
 }
 

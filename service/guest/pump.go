@@ -12,11 +12,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watchdog"
 )
 
 const (
@@ -53,14 +55,20 @@ type Stats struct {
 }
 
 // Pump carries FUSE messages between one mount's device and one stream. It reads the headers and INIT, and answers what
-// PumpOptions let it; meaning is the server's business otherwise.
+// PumpOptions let it; meaning is the server's business otherwise. A mount that gets another stream gets another pump.
 type Pump struct {
-	dev  *device
-	sock int // the stream, outside the runtime's poller as the device is
-	log  *slog.Logger
+	dev     *device
+	ownsDev bool
+	sock    int // the stream, outside the runtime's poller as the device is
+	log     *slog.Logger
+	traffic *traffic
+	loop    *watchdog.Loop
+	waker   *waker
+	resend  bool // begin by having the kernel send again what has no answer
 
 	// Of Run's goroutine.
 	yielder     transport.Yielder
+	drains      bool
 	requestSize int // what a request may need, in bytes; grows once, at INIT's reply
 	maxReply    int
 	initUnique  uint64
@@ -68,17 +76,31 @@ type Pump struct {
 	start, end  int
 	minor       atomic.Uint32
 	maxWrite    atomic.Uint32
-
-	requests, requestBytes, replied, replyBytes, dropped, answered atomic.Uint64
+	agreed      func(agreed) // called when INIT's reply is known, before the kernel has it; nil: not
 
 	ahead     bool // the host may tell attributes ahead
 	shortcuts shortcuts
 
 	perf atomic.Pointer[recorder]
 
-	once  sync.Once
-	cause error // written once, before done is closed
-	done  chan struct{}
+	draining atomic.Int64 // when to end at the latest, in ns since began; 0: not
+	once     sync.Once
+	cause    error // written once, before done is closed
+	done     chan struct{}
+}
+
+// agreed is what a pump learned from INIT: what another one of the same mount must know.
+type agreed struct {
+	RequestSize, MaxReply int
+	Minor, MaxWrite       uint32
+}
+
+// check says what is wrong with values that another program wrote.
+func (a agreed) check() error {
+	if a.RequestSize < minRequest || a.RequestSize > MaxData+headRoom+maxForgets || a.MaxReply < minReply || a.MaxReply > MaxData+fuse.OutHeaderSize+headRoom {
+		return fmt.Errorf("sizes of FUSE messages that can't be: %+v", a)
+	}
+	return nil
 }
 
 // pageSize is in bytes; requests of the kernel are counted in pages of its own.
@@ -89,6 +111,8 @@ var (
 	ErrProtocol = errors.New("the host broke the FUSE protocol")
 	// ErrStream is the cause of Run's error when the stream ended under the mount.
 	ErrStream = errors.New("the stream to the host ended")
+	// errDrained is the cause of Run's error after Drain.
+	errDrained = errors.New("drained")
 )
 
 // PumpOptions are what the host allows a pump, and where it logs.
@@ -101,10 +125,6 @@ type PumpOptions struct {
 // NewPump makes a Pump of a mounted /dev/fuse that is non-blocking (Mount returns such a one) and of a stream on
 // which the next bytes are FUSE messages. It owns both from then on, also when it fails; Run closes them.
 func NewPump(dev *os.File, conn Stream, o PumpOptions) (*Pump, error) {
-	log := o.Log
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
 	sock, err := dupNonblocking(conn)
 	conn.Close() // takes it out of the poller
 	if err != nil {
@@ -116,9 +136,39 @@ func NewPump(dev *os.File, conn Stream, o PumpOptions) (*Pump, error) {
 		unix.Close(sock)
 		return nil, err
 	}
-	p := &Pump{dev: d, sock: sock, log: log, requestSize: minRequest + headRoom + maxForgets, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{})}
+	p, err := newPump(d, sock, o)
+	if err != nil {
+		d.close()
+		return nil, err
+	}
+	p.ownsDev = true
+	return p, nil
+}
+
+// newPump makes a Pump of a device that stays its caller's, and of a stream's non-blocking descriptor, which it owns, also when it fails.
+func newPump(d *device, sock int, o PumpOptions) (*Pump, error) {
+	w, err := newWaker()
+	if err != nil {
+		unix.Close(sock)
+		return nil, err
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	p := &Pump{dev: d, sock: sock, log: o.Log, waker: w, requestSize: minRequest + headRoom + maxForgets, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{}),
+		traffic: &traffic{}, loop: &watchdog.Loop{}}
 	p.shortcuts = shortcuts{noFlush: o.NoFlush, locked: map[uint64]struct{}{}}
 	return p, nil
+}
+
+// goOn has a pump of a mount that has had its INIT, by another pump, go on from there. What was sent to the host and not
+// answered is sent again.
+func (p *Pump) goOn(a agreed) {
+	p.requestSize, p.maxReply = a.RequestSize, a.MaxReply
+	p.minor.Store(a.Minor)
+	p.maxWrite.Store(a.MaxWrite)
+	p.resend = true
+	p.shortcuts.noFlush = false // which files are locked is not known any more
 }
 
 func dupNonblocking(c syscall.Conn) (fd int, err error) {
@@ -144,11 +194,24 @@ func (p *Pump) Run() error {
 	if err == errUnmounted {
 		err = nil
 	}
+	p.loop.Enter(watchdog.WaitPeer) // it does nothing any more
 	p.stop(err)
-	p.dev.close()
+	p.waker.close()
+	if p.ownsDev {
+		p.dev.close()
+	}
 	unix.Close(p.sock)
 	return p.cause
 }
+
+// drain has Run end when every request that was read has its answer, or after timeout. No more requests are read from then on: they
+// wait in the kernel for whoever reads the device next.
+func (p *Pump) drain(timeout time.Duration) {
+	p.draining.Store(int64(time.Since(began) + timeout))
+	p.waker.wake()
+}
+
+var began = time.Now()
 
 // Close ends Run with os.ErrClosed, unless it has ended already. Requests that wait for an answer fail
 // with ECONNABORTED once no other process holds the device.
@@ -162,9 +225,10 @@ func (p *Pump) Done() <-chan struct{} { return p.done }
 
 // Stats returns the counts so far.
 func (p *Pump) Stats() Stats {
+	t := p.traffic
 	return Stats{
-		Requests: p.requests.Load(), RequestBytes: p.requestBytes.Load(),
-		Replies: p.replied.Load(), RxBytes: p.replyBytes.Load(), Dropped: p.dropped.Load(), Answered: p.answered.Load(),
+		Requests: t.requests.Load(), RequestBytes: t.requestBytes.Load(),
+		Replies: t.replies.Load(), RxBytes: t.replyBytes.Load(), Dropped: t.dropped.Load(), Answered: t.answered.Load(),
 		Minor: p.minor.Load(), MaxWrite: p.maxWrite.Load(),
 	}
 }
@@ -174,7 +238,7 @@ func (p *Pump) stop(cause error) {
 	p.once.Do(func() {
 		p.cause = cause
 		close(p.done)
-		p.dev.end()
+		p.waker.wake()
 	})
 }
 
@@ -195,14 +259,25 @@ const tries = 8
 func (p *Pump) pump() error {
 	buf := prefaulted(p.requestSize)
 	p.in = prefaulted(p.maxReply)
+	if p.resend {
+		if err := p.sendAgain(); err != nil {
+			return err
+		}
+	}
 	held := 0 // bytes of FORGETs that wait at the beginning of buf
 	for {
+		if p.drains {
+			return p.drained(buf[:held])
+		}
 		p.yielder.Yield()
 		timeout := -1
 		if held > 0 {
 			timeout = forgetDelay
 		}
-		dev, sock, err := p.dev.waitWith(p.sock, unix.POLLIN, timeout)
+		dev, sock, err := p.wait(unix.POLLIN, timeout)
+		if err == errDrained {
+			continue
+		}
 		if err != nil {
 			return err
 		}
@@ -226,11 +301,74 @@ func (p *Pump) pump() error {
 			if err != nil {
 				return err
 			}
-			if held = n; !next {
+			if held = n; !next || p.drains {
 				break
 			}
 		}
 	}
+}
+
+// wait waits as device.waitWith does, and tells the watchdog. The error is os.ErrClosed after Close, and errDrained, once, when
+// the pump is to drain; from then on it waits for the stream alone, and errDrained says that the time has passed.
+func (p *Pump) wait(events int16, timeout int) (dev bool, sock int16, err error) {
+	state := watchdog.WaitKernel
+	if events&unix.POLLOUT != 0 || p.drains {
+		state = watchdog.WaitPeer
+	}
+	p.loop.Enter(state)
+	defer p.loop.Enter(watchdog.Running)
+	if p.drains {
+		left := time.Duration(p.draining.Load()) - time.Since(began)
+		if left <= 0 {
+			return false, 0, errDrained
+		}
+		fds := [...]unix.PollFd{{Fd: int32(p.sock), Events: events}}
+		if _, err := unix.Poll(fds[:], int(left.Milliseconds())+1); err != nil && err != unix.EINTR {
+			return false, 0, os.NewSyscallError("poll", err)
+		}
+		return false, fds[0].Revents, nil
+	}
+	dev, sock, woken, err := p.dev.waitWith(p.waker, p.sock, events, timeout)
+	if err == nil && woken {
+		select {
+		case <-p.done:
+			return dev, sock, os.ErrClosed
+		default:
+			p.drains = true // what else wakes
+			return dev, sock, errDrained
+		}
+	}
+	return dev, sock, err
+}
+
+// drained sends what was held back, and receives until nothing is missing or the time has come.
+func (p *Pump) drained(held []byte) error {
+	err := p.send(held)
+	for err == nil && p.shortcuts.atHost > 0 {
+		var ready int16
+		if _, ready, err = p.wait(unix.POLLIN, 0); err == nil && ready != 0 {
+			err = p.receive()
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return errDrained
+}
+
+// sendAgain has the kernel send again what was read from the device and has no answer. Kernels before 6.9 can't: what an
+// earlier pump has left there waits until it is interrupted.
+func (p *Pump) sendAgain() error {
+	var msg [fuse.OutHeaderSize]byte
+	fuse.Put(msg[:], &fuse.OutHeader{Len: uint32(len(msg)), Error: int32(fuse.NOTIFY_RESEND)})
+	_, err := writeNow(p.dev.fd, msg[:])
+	switch errnoOf(err) {
+	case 0, syscall.EINVAL:
+		return nil
+	case syscall.ENODEV, syscall.ECONNABORTED:
+		return errUnmounted
+	}
+	return fmt.Errorf("write /dev/fuse: %w", err)
 }
 
 // errUnmounted ends pump in peace.
@@ -257,15 +395,14 @@ func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error)
 	if n < fuse.InHeaderSize || int(binary.LittleEndian.Uint32(msg)) != n {
 		return 0, false, fmt.Errorf("read /dev/fuse: a request of %d bytes whose header says %d", n, binary.LittleEndian.Uint32(msg))
 	}
-	p.requests.Add(1)
-	p.requestBytes.Add(uint64(n))
 	var h fuse.InHeader
 	body, _ := fuse.Decode(&h, msg) // it is long enough
+	p.traffic.begin(&h)
 	if rec := p.perf.Load(); rec != nil {
 		rec.start(h.Unique)
 	}
 	if answer := p.shortcuts.request(&h, body); answer != nil {
-		p.answered.Add(1)
+		p.traffic.answered.Add(1)
 		return held, true, p.write(answer, h.Unique)
 	}
 	switch h.Opcode {
@@ -295,7 +432,11 @@ func (p *Pump) send(b []byte) error {
 		case err != unix.EAGAIN:
 			return fmt.Errorf("%w: write: %w", ErrStream, err)
 		}
-		_, ready, err := p.dev.waitWith(p.sock, unix.POLLIN|unix.POLLOUT, -1)
+		drains := p.drains
+		_, ready, err := p.wait(unix.POLLIN|unix.POLLOUT, -1)
+		if err == errDrained && !drains {
+			continue // the request that was read goes out first
+		}
 		if err != nil {
 			return err
 		}
@@ -376,8 +517,7 @@ func (p *Pump) reply(msg []byte) error {
 
 // write writes one reply to the device. It returns an error only where the pump must end.
 func (p *Pump) write(msg []byte, unique uint64) error {
-	p.replied.Add(1)
-	p.replyBytes.Add(uint64(len(msg)))
+	p.traffic.end(unique, len(msg), int32(binary.LittleEndian.Uint32(msg[4:])))
 	if rec := p.perf.Load(); rec != nil {
 		rec.stop(unique)
 	}
@@ -391,7 +531,7 @@ func (p *Pump) write(msg []byte, unique uint64) error {
 			continue
 		case syscall.ENOENT:
 			// The request was interrupted, and its caller is gone.
-			p.dropped.Add(1)
+			p.traffic.dropped.Add(1)
 			return nil
 		case syscall.ENODEV, syscall.ECONNABORTED:
 			return nil // unmounted: who reads requests sees it and says so
