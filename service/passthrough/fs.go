@@ -68,6 +68,8 @@ type FS struct {
 	session  atomic.Pointer[session] // nil before INIT
 	requests atomic.Uint64
 
+	destroyed atomic.Bool // DESTROY came
+
 	// mu guards the tables, and every field of node and handle that says so. No system call is made under it but name_to_handle_at.
 	mu      sync.Mutex
 	nodes   map[uint64]*node
@@ -176,6 +178,9 @@ func (fs *FS) unlock() {
 		fs.giveFD()
 	}
 }
+
+// Destroyed tells whether the guest has ended the mount (DESTROY), and not only a stream of it.
+func (fs *FS) Destroyed() bool { return fs.destroyed.Load() }
 
 // Stats tell what a mount holds.
 type Stats struct {

@@ -37,6 +37,13 @@ type answer struct {
 // newGuest exports a new directory and begins a session with it, that ends with the test, with nothing left behind. One for each test: leaks are counted.
 func newGuest(t testing.TB, change func(*Config)) *guest {
 	t.Helper()
+	g, _ := newGuestStream(t, change)
+	return g
+}
+
+// newGuestStream is newGuest, and tells where what Serve returns will come. Who begins another stream puts its own there.
+func newGuestStream(t testing.TB, change func(*Config)) (*guest, *<-chan error) {
+	t.Helper()
 	fstest.Leaks(t)
 	g := &guest{t: t, dir: filepath.Join(t.TempDir(), "export"), early: map[uint64]answer{}}
 	if err := os.Mkdir(g.dir, 0o777); err != nil {
@@ -67,7 +74,7 @@ func newGuest(t testing.TB, change func(*Config)) *guest {
 		}
 	})
 	g.init()
-	return g
+	return g, &ended
 }
 
 // dial begins a stream; what Serve returned is sent when it has ended.

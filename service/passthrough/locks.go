@@ -58,6 +58,7 @@ func opSetlkw(r *request) fuse.Errno {
 	e = fs.second.waits.add(&lockWait{
 		unique: r.hdr.Unique &^ uniqueResend,
 		stream: r.s,
+		ended:  r.s.done,
 		try:    func() fuse.Errno { return fs.lockAgain(id, &in) },
 		reply:  r.replier(),
 	})

@@ -44,6 +44,7 @@ type lockWaits struct {
 type lockWait struct {
 	unique uint64            // without the resend bit
 	stream any               // where it came from
+	ended  <-chan struct{}   // closed when that has ended
 	try    func() fuse.Errno // EAGAIN: not yet
 	reply  func(fuse.Errno)  // called once
 	delay  time.Duration
@@ -58,6 +59,11 @@ func newLockWaits(limits *Limits) *lockWaits {
 func (l *lockWaits) add(w *lockWait) fuse.Errno {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	select {
+	case <-w.ended: // drop was here already
+		return unix.EINTR
+	default:
+	}
 	if i := slices.Index(l.early[:], w.unique); i >= 0 && w.unique != 0 {
 		l.early[i] = 0
 		return unix.EINTR
@@ -86,8 +92,8 @@ func (l *lockWaits) unlocked() {
 }
 
 // interrupt answers EINTR to the waiter unique. If it does not wait (yet: an INTERRUPT may come by
-// another way than its request and be first), it is remembered. Uniques do not come twice, so one that was not for a
-// SETLKW does no harm.
+// another way than its request and be first), it is remembered. A unique comes twice only where the kernel sends one
+// request again, so one that was not for a SETLKW does no harm.
 func (l *lockWaits) interrupt(unique uint64) {
 	l.mu.Lock()
 	i := slices.IndexFunc(l.waits, func(w *lockWait) bool { return w.unique == unique })
@@ -108,7 +114,8 @@ func (l *lockWaits) answer(w *lockWait, errno fuse.Errno) {
 	w.reply(errno)
 }
 
-// drop answers EINTR to the waiters of a stream that has ended.
+// drop answers EINTR to the waiters of a stream that has ended: nobody hears it, but a lock that was got later would be
+// nobody's.
 func (l *lockWaits) drop(stream any) {
 	var gone []*lockWait
 	l.mu.Lock()

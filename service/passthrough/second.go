@@ -40,7 +40,7 @@ func (s *second) close() {
 	s.locks.close()
 }
 
-// streamEnded answers what waits for a stream that has ended.
+// streamEnded ends what waits on a stream that has ended. Nothing begins to wait on it afterwards.
 func (s *second) streamEnded(st *stream) { s.waits.drop(st) }
 
 // init makes the tables for c's export; it looks at the owner of its root directory once, here.

@@ -54,13 +54,13 @@ type stream struct {
 }
 
 // Serve serves the requests of one stream until it ends: nil at its end, after DESTROY, or when c is closed, else what is wrong with it. It
-// writes replies whole, several in one Write where they are ready together, from several goroutines, and closes c. The streams of one mount may be served at once.
+// writes replies whole, several in one Write where they are ready together, from several goroutines, and closes c. The streams of one mount may be served at once,
+// or one after the other: what the guest knows and has open is the mount's. Of a stream that breaks off the requests under way are done, and their replies lost.
 func (fs *FS) Serve(c io.ReadWriteCloser) error {
 	s := &stream{fs: fs, c: c, turn: make(chan struct{}, 1), wake: make(chan struct{}, 1), done: make(chan struct{}), buf: make([]byte, readAhead), out: make([]byte, 0, keepReplies)}
 	s.wg.Go(s.watch)
 	s.pass()
 	s.wg.Wait()
-	fs.second.streamEnded(s)
 	c.Close() // an error can't be of a reply: those were written
 	return s.err
 }
@@ -88,8 +88,7 @@ func (s *stream) work() {
 		for mine := true; mine; mine = s.serve(r) {
 			if s.ended || !s.next(r) {
 				if !s.ended {
-					s.ended = true
-					close(s.done)
+					s.end()
 				}
 				s.turn <- struct{}{} // for the others to see it
 				return
@@ -127,6 +126,13 @@ func (s *stream) watch() {
 			s.beWatched()
 		}
 	}
+}
+
+// end is for who has the turn, once. Requests under way go on, but for locks that are waited for.
+func (s *stream) end() {
+	s.ended = true
+	close(s.done)
+	s.fs.second.streamEnded(s)
 }
 
 func (s *stream) beWatched() {
@@ -203,8 +209,8 @@ func (s *stream) serve(r *request) (mine bool) {
 	}
 	if r.hdr.Opcode == fuse.OpDestroy {
 		s.answer(r, op, false)
-		s.ended = true
-		close(s.done)
+		s.fs.destroyed.Store(true)
+		s.end()
 		return true
 	}
 	more := s.more()

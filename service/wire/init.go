@@ -10,6 +10,13 @@ const (
 	Version2 = 2
 )
 
+// Features of Init.
+const (
+	// FeatureKeep: the host keeps a mount that has lost its stream, as long as its
+	// session lives. A StreamOpen with index 0 and counts 0 goes on with it.
+	FeatureKeep uint64 = 1 << 0
+)
+
 // Init is the first message of a control channel, from both ends: the guest
 // offers, the host answers with what is agreed. Of version 1 it is six bytes,
 // the header alone; a Version below 2 encodes as that, and decodes as 1.
@@ -20,7 +27,7 @@ type Init struct {
 	// MinVersion is the oldest version that the sender would speak.
 	MinVersion uint16
 	// Features are the bits that the guest can do; in the host's answer the
-	// subset that both will use. None is defined yet.
+	// subset that both will use.
 	Features uint64
 	// MaxMessage is the longest framed message that the sender accepts, in
 	// bytes; at least MaxControl.

@@ -4,6 +4,7 @@ package wire
 
 import (
 	"fmt"
+	"math/bits"
 	"os"
 	"regexp"
 	"slices"
@@ -142,6 +143,7 @@ func TestProtocolConstants(t *testing.T) {
 			"ActionTruncate": int(ActionTruncate), "ActionChmod": int(ActionChmod), "ActionMknod": int(ActionMknod), "ActionRename": int(ActionRename),
 			"ActionCloseWrite": int(ActionCloseWrite), "ActionPing": int(ActionPing),
 		}},
+		{"#### Init", "| bit | name | meaning |", 0, 1, map[string]int{"FeatureKeep": bits.TrailingZeros64(FeatureKeep)}},
 		{"#### UnmountReply", "| reason | name | meaning |", 0, 1, map[string]int{
 			"ReasonAsked": int(ReasonAsked), "ReasonShutdown": int(ReasonShutdown), "ReasonExportGone": int(ReasonExportGone),
 			"ReasonStreamLost": int(ReasonStreamLost), "ReasonProtocol": int(ReasonProtocol), "ReasonFailed": int(ReasonFailed),
