@@ -45,9 +45,9 @@ func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 	defer cancel()
 	c := &control{Conn: conn, patience: ss.srv.times.write}
 	defer c.Close()
-	if err := c.send(ss.answer()); err != nil {
+	if err := c.send(ss.answer(init)); err != nil {
 		ss.log.Warn("control channel lost", "error", err)
-	} else if ss.attach(c) {
+	} else if ss.attach(c, init) {
 		about := []any{"version", ss.version}
 		if ss.version >= wire.Version2 {
 			about = append(about, "software", quote(init.Software), "kernel", quote(init.Kernel))
@@ -67,12 +67,12 @@ func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 }
 
 // answer is the host's Init.
-func (ss *session) answer() *wire.Init {
+func (ss *session) answer(guests *wire.Init) *wire.Init {
 	if ss.version < wire.Version2 {
 		return &wire.Init{Version: wire.Version1}
 	}
 	m := &wire.Init{
-		Version: wire.Version2, MinVersion: wire.Version1, MaxMessage: wire.MaxControl, MaxWrite: maxWrite,
+		Version: wire.Version2, MinVersion: wire.Version1, Features: guests.Features & wire.FeatureKeep, MaxMessage: wire.MaxControl, MaxWrite: maxWrite,
 		FuseMinor: fuse.Minor, MaxStreams: 1, BootID: bootID(), SessionID: ss.id, Software: ss.srv.software,
 	}
 	var u unix.Utsname
@@ -95,8 +95,8 @@ func bootID() (id [16]byte) {
 	return id
 }
 
-// attach makes c the session's channel, in place of one that it had.
-func (ss *session) attach(c *control) bool {
+// attach makes c, which began with init, the session's channel, in place of one that it had.
+func (ss *session) attach(c *control, init *wire.Init) bool {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	if ss.ctx.Err() != nil {
@@ -105,7 +105,9 @@ func (ss *session) attach(c *control) bool {
 	if ss.control != nil {
 		ss.control.Close()
 	}
-	ss.control = c
+	ss.control, ss.lostAt = c, time.Time{}
+	ss.heard(init)
+	ss.settleLocked()
 	clear(ss.untold) // who waited did so with the channel before
 	return true
 }
@@ -114,22 +116,18 @@ func (ss *session) attach(c *control) bool {
 func (ss *session) detach(c *control) {
 	ss.mu.Lock()
 	var unused []*mount
-	over := false
 	if ss.control == c || ss.control == nil {
-		ss.control = nil
+		ss.control, ss.lostAt = nil, time.Now()
 		for _, m := range ss.mounts {
-			if !m.opened {
+			if m.streams == 0 {
 				unused = append(unused, m)
 			}
 		}
-		over = len(ss.mounts) == 0
+		ss.settleLocked()
 	}
 	ss.mu.Unlock()
 	for _, m := range unused {
 		ss.drop(m, "the control channel was lost before its stream came")
-	}
-	if over {
-		ss.cancel(errGuestGone)
 	}
 }
 

@@ -34,7 +34,9 @@
 //     that session, and waits for it with a limit.
 //   - A session lives while it has a control channel or a mount in use. The
 //     guest resumes it by its id (version 2) or by being the same peer
-//     (version 1) on a new control channel.
+//     (version 1) on a new control channel. A guest that can come back for its
+//     mounts has them kept without a stream (wire.FeatureKeep), for some minutes
+//     without a control channel; a VM that has booted anew can't.
 //   - Every goroutine of the parent belongs to the server or to a session, whose
 //     end waits for it. A context's cause is the reason that is logged.
 //

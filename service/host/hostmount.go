@@ -21,6 +21,9 @@ import (
 
 // guests returns the guests of the configuration that this session may be of.
 func (ss *session) guests() []Guest {
+	ss.mu.Lock()
+	socket := ss.about.Socket
+	ss.mu.Unlock()
 	var gs []Guest
 	for _, g := range ss.srv.guests {
 		if !g.is(ss.peer) {
@@ -28,7 +31,7 @@ func (ss *session) guests() []Guest {
 		}
 		// Over Unix sockets all guests of a user look alike, until one says
 		// where it listens, or is dialled (dialV1).
-		if g.Addr.Family == transport.Unix && ss.version >= wire.Version2 && ss.socket != g.Addr.String() {
+		if g.Addr.Family == transport.Unix && ss.version >= wire.Version2 && socket != g.Addr.String() {
 			continue
 		}
 		gs = append(gs, g)

@@ -213,6 +213,8 @@ type guest struct {
 	addr  transport.Addr
 	id    [16]byte
 	token []byte
+	keep  bool            // offers FeatureKeep
+	boot  byte            // of its kernel
 	c     *transport.Conn // control
 	r     *wire.Reader
 	init  *wire.Init // the host's
@@ -275,17 +277,21 @@ func (g *guest) connect() *guest {
 	g.c = dial(g.t, g.addr)
 	send(g.t, g.c, g.hello())
 	g.init = want[*wire.Init](g.t, g.c)
-	if g.init.SessionID != g.id || g.init.Version != wire.Version2 {
+	if g.init.SessionID != g.id || g.init.Version != wire.Version2 || g.init.Features != g.hello().Features {
 		g.t.Fatalf("the host's Init: %+v", g.init)
 	}
 	return g
 }
 
 func (g *guest) hello() *wire.Init {
-	return &wire.Init{
+	m := &wire.Init{
 		Version: 2, MinVersion: 1, MaxMessage: wire.MaxControl, MaxWrite: 1 << 20, FuseMinor: fuse.Minor,
-		MaxStreams: 1, SessionID: g.id, Token: g.token, Software: "test", Kernel: "none",
+		MaxStreams: 1, BootID: [16]byte{g.boot}, SessionID: g.id, Token: g.token, Software: "test", Kernel: "none",
 	}
+	if g.keep {
+		m.Features = wire.FeatureKeep
+	}
+	return m
 }
 
 // request asks for a mount.

@@ -63,6 +63,7 @@ type times struct {
 	write              time.Duration // for a message that we send
 	answer             time.Duration // for an answer on a channel
 	stream             time.Duration // for the stream of a mount
+	kept               time.Duration // for a session that has nothing but mounts that are kept
 	ping               time.Duration // between pings
 	silent, dead       time.Duration // without a sign of life: log it; end the session
 	retryMin, retryMax time.Duration // between attempts of a mount that the host asks for
@@ -70,7 +71,7 @@ type times struct {
 }
 
 var defaultTimes = times{
-	first: 5 * time.Second, write: 10 * time.Second, answer: 10 * time.Second, stream: 30 * time.Second,
+	first: 5 * time.Second, write: 10 * time.Second, answer: 10 * time.Second, stream: 30 * time.Second, kept: 5 * time.Minute,
 	ping: 10 * time.Second, silent: 30 * time.Second, dead: 5 * time.Minute,
 	retryMin: 500 * time.Millisecond, retryMax: 30 * time.Second, goodbye: 2 * time.Second,
 }
@@ -155,7 +156,7 @@ func (s *server) tellStatus() {
 func (s *server) tryWorker() error {
 	c := s.limits
 	c.Caps = serverCaps(false, false)
-	w, err := startWorker(c, s.log, func(uint32, string) {}, func(error) {})
+	w, err := startWorker(c, s.log, workerEvents{died: func(error) {}})
 	if err != nil {
 		return fmt.Errorf("workers cannot be started here: %w", err)
 	}
@@ -367,19 +368,29 @@ func (s *server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := 0
+	var lost *session // longest
+	var since time.Time
 	for ss := range s.sessions {
-		if ss.ctx.Err() != nil {
+		if ss.ctx.Err() != nil || ss.who != who {
 			continue
 		}
 		if ss.resumes(p, m) {
 			return ss, nil
 		}
-		if ss.who == who {
-			n++
+		if ss.rebooted(m) {
+			ss.cancel(errRebooted)
+			continue
+		}
+		n++
+		if t := ss.lostSince(); !t.IsZero() && (lost == nil || t.Before(since)) {
+			lost, since = ss, t
 		}
 	}
 	if n >= maxSessions {
-		return nil, fmt.Errorf("%w: %d sessions of this guest already: end one of its daemons", unix.EAGAIN, n)
+		if lost == nil {
+			return nil, fmt.Errorf("%w: %d sessions of this guest already: end one of its daemons", unix.EAGAIN, n)
+		}
+		lost.cancel(errGaveWay)
 	}
 	ss := newSession(ctx, s, p, m)
 	s.sessions[ss] = true

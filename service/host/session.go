@@ -22,7 +22,8 @@ import (
 )
 
 // session is one guest daemon: its control channel, its mounts, and the worker
-// that serves them. It lasts while it has a control channel or a mount in use.
+// that serves them. It lasts while it has a control channel or a mount in use, and
+// for times.kept with nothing but mounts that it keeps.
 //
 // Its context ends it; the cause is the reason.
 type session struct {
@@ -31,7 +32,7 @@ type session struct {
 	peer    transport.Peer // of the control connection that made it
 	version uint16         // that is spoken
 	id      [16]byte       // version 2
-	socket  string         // version 2: where the guest says that it listens
+	boot    [16]byte       // version 2: of the guest's kernel; zero where it has none
 	write   uint32         // the most data of a READ or WRITE, in bytes
 	log     *slog.Logger
 	quota   quota
@@ -46,7 +47,10 @@ type session struct {
 
 	mu      sync.Mutex // guards the rest
 	worker  *workerProc
-	control *control // nil while it is lost
+	control *control    // nil while it is lost
+	lostAt  time.Time   // when it was lost; zero while it is there, or has not been yet
+	about   wire.Init   // what the guest said at last
+	kept    *time.Timer // runs while the session has nothing but mounts that it keeps
 	mounts  map[uint32]*mount
 	untold  map[uint32]*mount            // that the host asked for and that ended, until the guest says why
 	next    uint32                       // MountID, or ID of a question to the guest, used last
@@ -62,25 +66,33 @@ type mount struct {
 	done   chan struct{}
 	told   chan struct{} // closed when the guest has said why it ended
 
+	keep    bool // wire.FeatureKeep
 	noFlush bool // passthrough.NoFlush; set before anybody else has the mount
 
 	// Guarded by the session's mu.
 	asked   bool        // by the host
-	opened  bool        // its stream came
+	streams uint64      // that came
+	served  bool        // the last of them has not ended
 	stood   bool        // its notify channel came: the guest had mounted it
 	reason  wire.Reason // why it ended, if the guest said so
 	notify  *transport.Conn
-	timeout *time.Timer // until opened
+	timeout *time.Timer // until its first stream came
 }
 
-var errGuestGone = errors.New("the guest closed its control channel and has no mount")
+var (
+	errGuestGone = errors.New("the guest closed its control channel and has no mount")
+	errNotBack   = errors.New("the guest did not come back for its mounts")
+	errRebooted  = errors.New("the guest has booted anew")
+	errGaveWay   = errors.New("the guest has begun too many sessions since it lost this one")
+)
 
 func newSession(ctx context.Context, s *server, p transport.Peer, m *wire.Init) *session {
 	ss := &session{
-		srv: s, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, socket: m.Socket, write: maxWrite,
+		srv: s, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, boot: m.BootID, write: maxWrite,
 		start: time.Now(), busy: make(chan struct{}, maxRequests),
 		mounts: map[uint32]*mount{}, untold: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
 	}
+	ss.heard(m)
 	ss.quota = s.quotaOf(ss.who)
 	ss.log = slog.New(limitedHandler{s.log.Handler(), ss.quota.own}).With("guest", p.String())
 	if m.MaxWrite > 0 {
@@ -88,6 +100,12 @@ func newSession(ctx context.Context, s *server, p transport.Peer, m *wire.Init) 
 	}
 	ss.ctx, ss.cancel = context.WithCancelCause(ctx)
 	return ss
+}
+
+// heard keeps what an Init says, but for the token. Precondition: ss.mu is held, or nobody else has ss yet.
+func (ss *session) heard(m *wire.Init) {
+	ss.about = *m
+	ss.about.Token = nil
 }
 
 // alive notes a sign of life.
@@ -133,6 +151,46 @@ func (ss *session) lost() bool {
 	return ss.control == nil
 }
 
+// lostSince is when the session lost its control channel; zero if it has one, or has had none yet.
+func (ss *session) lostSince() time.Time {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return ss.lostAt
+}
+
+// rebooted says whether an Init of the same peer is of another boot than this session: one VM has one at a time.
+func (ss *session) rebooted(m *wire.Init) bool {
+	var none [16]byte
+	return ss.who.family != transport.Unix && m.Version >= wire.Version2 && m.BootID != none && ss.boot != none && m.BootID != ss.boot
+}
+
+// settleLocked ends the session if it has nothing left, and bounds it if it has nothing but mounts that it keeps. Precondition: ss.mu is held.
+func (ss *session) settleLocked() {
+	alone := ss.control == nil
+	for _, m := range ss.mounts {
+		alone = alone && !m.served
+	}
+	switch {
+	case !alone || ss.ctx.Err() != nil:
+		if ss.kept != nil {
+			ss.kept.Stop()
+			ss.kept = nil
+		}
+	case len(ss.mounts) == 0:
+		ss.cancel(errGuestGone)
+	case ss.kept == nil:
+		var t *time.Timer
+		t = time.AfterFunc(ss.srv.times.kept, func() {
+			ss.mu.Lock()
+			defer ss.mu.Unlock()
+			if ss.kept == t { // else somebody was there first
+				ss.cancel(errNotBack)
+			}
+		})
+		ss.kept = t
+	}
+}
+
 // run waits for the session's end and takes it apart.
 func (ss *session) run() {
 	<-ss.ctx.Done()
@@ -152,6 +210,7 @@ func (ss *session) run() {
 	for _, m := range ss.mounts {
 		ss.endLocked(m)
 	}
+	ss.settleLocked()
 	ss.mu.Unlock()
 	if c != nil {
 		if ss.version >= wire.Version2 {
@@ -205,12 +264,12 @@ func (ss *session) startWorker() (*workerProc, error) {
 		}
 	}
 	c.Caps = serverCaps(suid, dev)
-	w, err := startWorker(c, ss.log, ss.mountEnded, func(err error) {
+	w, err := startWorker(c, ss.log, workerEvents{ended: ss.mountEnded, lost: ss.streamLost, died: func(err error) {
 		if err != nil {
 			ss.log.Error("worker died: its session ends, no other", "error", err)
 			ss.cancel(fmt.Errorf("its worker died: %w", err))
 		}
-	})
+	}})
 	if err != nil {
 		return nil, err
 	}
@@ -236,11 +295,11 @@ func (ss *session) addMount(e *Export, dir string) (*mount, error) {
 		return nil, fmt.Errorf("%w: this guest has %d mounts already", unix.EMFILE, maxMounts)
 	}
 	ss.next++
-	m.id = ss.next
+	m.id, m.keep = ss.next, ss.about.Features&wire.FeatureKeep != 0
 	m.timeout = time.AfterFunc(ss.srv.times.stream, func() { ss.drop(m, "no stream came for it") })
 	ss.mounts[m.id] = m
 	ss.mu.Unlock()
-	if m.noFlush, err = w.mount(m.id, e, ss.version >= wire.Version2); err != nil {
+	if m.noFlush, err = w.mount(mountOrder{MountID: m.id, Ahead: ss.version >= wire.Version2, Keep: m.keep}, e); err != nil {
 		ss.mu.Lock()
 		if ss.mounts[m.id] == m {
 			ss.endLocked(m)
@@ -265,15 +324,25 @@ func (ss *session) passStream(m *mount, c *transport.Conn, reply bool) error {
 	case ss.mounts[m.id] != m:
 		ss.mu.Unlock()
 		return fmt.Errorf("%w: mount %d has ended", unix.ENOENT, m.id)
-	case m.opened:
+	case m.streams > 0 && !m.keep:
 		ss.mu.Unlock()
 		return fmt.Errorf("%w: mount %d has its stream", unix.EBUSY, m.id)
 	}
-	m.opened = true
+	m.streams++
+	m.served = true
+	n := m.streams
 	m.timeout.Stop()
+	ss.settleLocked()
 	ss.mu.Unlock()
-	if err := w.stream(m.id, c, reply); err != nil {
-		ss.drop(m, "its stream could not be served")
+	if n > 1 {
+		ss.log.Info("mount goes on with another stream", "tag", m.export.Tag, "dir", quote(m.dir))
+	}
+	if err := w.stream(m.id, n, c, reply); err != nil {
+		if n > 1 { // it is there, and the guest may try again
+			ss.streamLost(m.id, n, err.Error())
+		} else {
+			ss.drop(m, "its stream could not be served")
+		}
 		return &hostError{err}
 	}
 	return nil
@@ -292,6 +361,20 @@ func (ss *session) drop(m *mount, why string) {
 	ss.mountEnded(m.id, why)
 }
 
+// streamLost notes that a mount is kept without its stream, the number-th.
+func (ss *session) streamLost(id uint32, number uint64, text string) {
+	ss.mu.Lock()
+	m := ss.mounts[id]
+	if m == nil || !m.keep || m.streams != number { // another has come meanwhile
+		ss.mu.Unlock()
+		return
+	}
+	m.served = false
+	ss.settleLocked()
+	ss.mu.Unlock()
+	ss.log.Info("mount waits for the guest to come back", "tag", m.export.Tag, "dir", quote(m.dir), "reason", quote(cmp.Or(text, "its stream ended")))
+}
+
 // mountEnded forgets a mount, whose streams are closed. An empty text says
 // that it ended in order.
 func (ss *session) mountEnded(id uint32, text string) {
@@ -299,8 +382,8 @@ func (ss *session) mountEnded(id uint32, text string) {
 	m := ss.mounts[id]
 	if m != nil {
 		ss.endLocked(m)
+		ss.settleLocked()
 	}
-	over := ss.control == nil && len(ss.mounts) == 0
 	ss.mu.Unlock()
 	if m == nil {
 		return
@@ -309,9 +392,6 @@ func (ss *session) mountEnded(id uint32, text string) {
 		ss.log.Info("mount ended", "tag", m.export.Tag, "dir", quote(m.dir))
 	} else {
 		ss.log.Warn("mount ended", "tag", m.export.Tag, "dir", quote(m.dir), "reason", quote(text))
-	}
-	if over {
-		ss.cancel(errGuestGone)
 	}
 }
 

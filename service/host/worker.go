@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -39,13 +41,15 @@ type mountOrder struct {
 	Tag     string
 	Options Options
 	Ahead   bool // passthrough.Config's
+	Keep    bool // the mount outlives its streams
 }
 
-// streamOrder passes a stream. With Reply the worker begins it with an
+// streamOrder passes a stream, the Number-th of its mount. With Reply the worker begins it with an
 // OpenReply: it makes the connection block, for the parent too, and the parent
 // must not wait for a guest that does not read.
 type streamOrder struct {
 	MountID uint32
+	Number  uint64
 	Peer    transport.Peer
 	Reply   bool
 }
@@ -60,14 +64,21 @@ type report struct {
 	Text     string        `json:",omitempty"`
 	Warnings []string      `json:",omitempty"` // of Start
 	Ended    *endedReport  `json:",omitempty"`
+	Lost     *lostReport   `json:",omitempty"`
 	Log      *logReport    `json:",omitempty"`
 }
 
-// endedReport says that the last stream of a mount ended, and the mount with
-// it. Text is empty when that was in order.
+// endedReport says that a mount ended, with its last stream. Text is empty when that was in order.
 type endedReport struct {
 	MountID uint32
 	Text    string
+}
+
+// lostReport says that a mount that is kept has lost its stream, the Number-th.
+type lostReport struct {
+	MountID uint32
+	Number  uint64
+	Text    string // empty when it just ended
 }
 
 // worker serves the streams of one session. Its parent has the guest's other
@@ -88,8 +99,18 @@ type worker struct {
 }
 
 type workerMount struct {
-	fs    *passthrough.FS
-	conns map[*transport.Conn]bool
+	fs     *passthrough.FS
+	keep   bool
+	ending bool          // it was to be unmounted while it had a stream
+	last   *workerStream // nil: none, or it has ended
+}
+
+// workerStream is a stream. The mount's next one waits for its end.
+type workerStream struct {
+	number uint64
+	conn   *transport.Conn
+	before *workerStream // until it has ended
+	done   chan struct{} // closed when it has ended
 }
 
 // Worker is the main of a worker process, with the connection to its parent.
@@ -183,7 +204,7 @@ func (w *worker) mount(o *mountOrder, root *os.File) error {
 	if err != nil {
 		return fmt.Errorf("export %s: %w", o.Tag, err)
 	}
-	w.mounts[o.MountID] = &workerMount{fs: fs, conns: map[*transport.Conn]bool{}}
+	w.mounts[o.MountID] = &workerMount{fs: fs, keep: o.Keep}
 	return nil
 }
 
@@ -202,11 +223,12 @@ func (w *worker) limitsOf(o *mountOrder) *passthrough.Limits {
 	return w.limits[key]
 }
 
+// stream serves a stream. One that the mount has already gives way: a guest that was killed may be back before its end was noticed.
 func (w *worker) stream(o *streamOrder, f *os.File) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	m := w.mounts[o.MountID]
-	if m == nil {
+	if m == nil || m.ending {
 		f.Close()
 		return fmt.Errorf("mount %d: %w", o.MountID, unix.ENOENT)
 	}
@@ -215,46 +237,67 @@ func (w *worker) stream(o *streamOrder, f *os.File) error {
 		c.Close()
 		return err
 	}
-	m.conns[c] = true
+	s := &workerStream{number: o.Number, conn: c, before: m.last, done: make(chan struct{})}
+	if s.before != nil {
+		s.before.conn.Shutdown()
+	}
+	m.last = s
 	w.streams.Go(func() {
-		var err error
-		if o.Reply {
-			err = wire.Write(c, &wire.OpenReply{})
-		}
-		if err == nil {
-			err = w.serve(m.fs, c)
-		}
+		err := w.serveStream(m, s, o.Reply)
 		c.Shutdown() // the parent may still hold a duplicate
 		c.Close()
-		w.ended(o.MountID, m, c, err)
+		w.ended(o.MountID, m, s, err)
 	})
 	return nil
 }
 
-// ended takes away a stream, and with the last one its mount.
-func (w *worker) ended(id uint32, m *workerMount, c *transport.Conn, err error) {
+func (w *worker) serveStream(m *workerMount, s *workerStream, reply bool) error {
+	if s.before != nil {
+		<-s.before.done // its requests under way are done before the first of ours
+		s.before = nil
+	}
+	if reply {
+		if err := wire.Write(s.conn, &wire.OpenReply{}); err != nil {
+			return err
+		}
+	}
+	return w.serve(m.fs, s.conn)
+}
+
+// ended takes away a stream, and with the last one its mount, unless that is kept.
+func (w *worker) ended(id uint32, m *workerMount, s *workerStream, err error) {
 	w.mu.Lock()
-	delete(m.conns, c)
-	last := len(m.conns) == 0
-	if last && w.mounts[id] == m {
+	last := m.last == s
+	if last {
+		m.last = nil
+	}
+	kept := m.keep && !m.ending && !m.fs.Destroyed()
+	if last && !kept {
 		delete(w.mounts, id)
 	}
 	w.mu.Unlock()
+	close(s.done)
 	if !last {
-		return
+		return // the next one goes on
 	}
-	if cerr := m.fs.Close(); err == nil {
-		err = cerr
+	if !kept {
+		if cerr := m.fs.Close(); err == nil {
+			err = cerr
+		}
 	}
-	r := endedReport{MountID: id}
+	text := ""
 	if err != nil {
-		r.Text = err.Error()
+		text = err.Error()
+	}
+	r := report{Ended: &endedReport{MountID: id, Text: text}}
+	if kept {
+		r = report{Lost: &lostReport{MountID: id, Number: s.number, Text: text}}
 	}
 	// A parent that is gone needs no report; run sees its end.
-	_ = w.conn.Send(report{Ended: &r})
+	_ = w.conn.Send(r)
 }
 
-// unmount ends the streams of a mount, and with them the mount.
+// unmount ends a mount, by its stream if it has one.
 func (w *worker) unmount(id uint32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -262,27 +305,25 @@ func (w *worker) unmount(id uint32) {
 	if m == nil {
 		return
 	}
-	if len(m.conns) == 0 {
-		delete(w.mounts, id)
-		if err := m.fs.Close(); err != nil {
-			w.log.Warn("unmount", "mount", id, "error", err)
-		}
+	if m.last != nil {
+		m.ending = true
+		m.last.conn.Shutdown()
 		return
 	}
-	for c := range m.conns {
-		c.Shutdown()
+	delete(w.mounts, id)
+	if err := m.fs.Close(); err != nil {
+		w.log.Warn("unmount", "mount", id, "error", err)
 	}
 }
 
-// end shuts all streams and waits for them.
+// end ends all mounts and waits for their streams.
 func (w *worker) end() {
 	w.mu.Lock()
-	for _, m := range w.mounts {
-		for c := range m.conns {
-			c.Shutdown()
-		}
-	}
+	ids := slices.Collect(maps.Keys(w.mounts))
 	w.mu.Unlock()
+	for _, id := range ids {
+		w.unmount(id)
+	}
 	w.streams.Wait()
 }
 

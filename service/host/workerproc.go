@@ -32,10 +32,7 @@ type workerProc struct {
 	log   *slog.Logger
 	limit *limiter
 
-	// ended is called for each mount that ended, and died once at the end,
-	// with nil when close asked for it.
-	ended func(id uint32, text string)
-	died  func(error)
+	events workerEvents
 
 	done chan struct{} // closed after died
 
@@ -45,14 +42,21 @@ type workerProc struct {
 	closing bool
 }
 
+// workerEvents are called by the goroutine that reads a worker's reports.
+type workerEvents struct {
+	ended func(id uint32, text string)                // a mount
+	lost  func(id uint32, number uint64, text string) // a stream, of a mount that is kept
+	died  func(error)                                 // once, at the end: with nil when close asked for it
+}
+
 // startWorker starts a worker and has it confine itself.
-func startWorker(c confinement, log *slog.Logger, ended func(uint32, string), died func(error)) (*workerProc, error) {
+func startWorker(c confinement, log *slog.Logger, events workerEvents) (*workerProc, error) {
 	p, err := ipc.Start(RoleWorker, workerAttr())
 	if err != nil {
 		return nil, err
 	}
 	w := &workerProc{
-		proc: p, log: log.With("worker", p.Pid()), limit: newLimiter(50, 5), ended: ended, died: died,
+		proc: p, log: log.With("worker", p.Pid()), limit: newLimiter(50, 5), events: events,
 		done: make(chan struct{}), waiting: map[uint64]chan report{},
 	}
 	go w.read()
@@ -90,7 +94,9 @@ func (w *workerProc) read() {
 				ch <- r
 			}
 		case r.Ended != nil:
-			w.ended(r.Ended.MountID, r.Ended.Text)
+			w.events.ended(r.Ended.MountID, r.Ended.Text)
+		case r.Lost != nil:
+			w.events.lost(r.Lost.MountID, r.Lost.Number, r.Lost.Text)
 		case r.Log != nil:
 			if ok, dropped := w.limit.allow(time.Now()); ok {
 				w.log.Log(context.Background(), min(r.Log.Level, slog.LevelError), quote(r.Log.Text), droppedAttr(dropped)...)
@@ -120,7 +126,7 @@ func (w *workerProc) read() {
 	} else if err == nil {
 		err = errors.New("ended by itself")
 	}
-	w.died(err)
+	w.events.died(err)
 }
 
 // order has the worker do o, and waits for its answer. The files stay the
@@ -166,25 +172,26 @@ type workerError struct {
 func (e *workerError) Error() string { return e.text }
 func (e *workerError) Unwrap() error { return e.errno }
 
-func (w *workerProc) mount(id uint32, e *Export, ahead bool) (noFlush bool, err error) {
+func (w *workerProc) mount(m mountOrder, e *Export) (noFlush bool, err error) {
 	root, err := openExport(e)
 	if err != nil {
 		return false, err
 	}
 	defer root.Close()
-	_, err = w.order(order{Mount: &mountOrder{id, e.Tag, e.Options, ahead}}, root)
+	m.Tag, m.Options = e.Tag, e.Options
+	_, err = w.order(order{Mount: &m}, root)
 	return passthrough.NoFlush(root, e.Submounts), err
 }
 
-// stream passes c on. The caller still has c, closes it, and does nothing else
+// stream passes c on, as the mount's stream number n. The caller still has c, closes it, and does nothing else
 // with it: it may block. With reply the worker answers a StreamOpen.
-func (w *workerProc) stream(id uint32, c *transport.Conn, reply bool) error {
+func (w *workerProc) stream(id uint32, n uint64, c *transport.Conn, reply bool) error {
 	f, err := c.File()
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	_, err = w.order(order{Stream: &streamOrder{id, c.Peer(), reply}}, f)
+	_, err = w.order(order{Stream: &streamOrder{id, n, c.Peer(), reply}}, f)
 	return err
 }
 
