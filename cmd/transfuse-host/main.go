@@ -150,9 +150,12 @@ func serve(c host.Config, debug bool) error {
 	defer stop()
 	// A second signal ends the process at once.
 	context.AfterFunc(ctx, func() { sd.Stopping(); stop() })
-	err := host.Run(ctx, c)
-	if ce := (*host.ConfigError)(nil); err == nil || errors.As(err, &ce) {
+	s, err := host.New(c)
+	if err != nil {
 		return err
 	}
-	return &runError{err}
+	if err := s.Run(ctx); err != nil {
+		return &runError{err}
+	}
+	return nil
 }

@@ -70,7 +70,7 @@ func ParseGuestMount(s string) (GuestMount, error) {
 	return GuestMount{Tag: tag, Dir: filepath.Clean(dir), Options: fields[1:]}, nil
 }
 
-// Check finds mistakes before anything is started. Run calls it too.
+// Check finds mistakes before anything is started. New and Reconfigure call it too.
 func (c *Config) Check() error {
 	if len(c.addresses()) == 0 {
 		return errors.New("no address to listen on: give --listen ADDR")

@@ -26,6 +26,7 @@ const maxWrite = 1 << 20
 type control struct {
 	*transport.Conn
 	patience time.Duration
+	ctx      context.Context // ends with it
 }
 
 // send writes m. A guest that does not read it loses the channel.
@@ -43,11 +44,10 @@ func (c *control) send(m wire.Message) error {
 func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 	ctx, cancel := context.WithCancel(ss.ctx)
 	defer cancel()
-	c := &control{Conn: conn, patience: ss.srv.times.write}
+	c := &control{Conn: conn, patience: ss.srv.times.write, ctx: ctx}
 	defer c.Close()
-	if err := c.send(ss.answer(init)); err != nil {
-		ss.log.Warn("control channel lost", "error", err)
-	} else if ss.attach(c, init) {
+	err := c.send(ss.answer(init))
+	if err == nil && ss.attach(c, init) {
 		about := []any{"version", ss.version}
 		if ss.version >= wire.Version2 {
 			about = append(about, "software", quote(init.Software), "kernel", quote(init.Kernel))
@@ -55,15 +55,19 @@ func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 		ss.log.Info("guest connected", about...)
 		ss.alive()
 		ss.spawn(func() { ss.watch(ctx, c) })
-		for _, g := range ss.guests() {
-			for _, m := range g.Mounts {
-				ss.spawn(func() { ss.keep(ctx, c, g, m) })
-			}
-		}
-		ss.read(c)
+		ss.keepMounts()
+		err = ss.read(c)
 	}
 	cancel()
 	ss.detach(c)
+	switch {
+	case errors.Is(err, wire.ErrProtocol):
+		ss.log.Warn("control channel closed: the guest broke the protocol", "error", err)
+	case err == nil || errors.Is(err, io.EOF) || ss.ctx.Err() != nil:
+		ss.log.Debug("control channel closed")
+	default:
+		ss.log.Warn("control channel lost", "error", err)
+	}
 }
 
 // answer is the host's Init.
@@ -73,7 +77,7 @@ func (ss *session) answer(guests *wire.Init) *wire.Init {
 	}
 	m := &wire.Init{
 		Version: wire.Version2, MinVersion: wire.Version1, Features: guests.Features & wire.FeatureKeep, MaxMessage: wire.MaxControl, MaxWrite: maxWrite,
-		FuseMinor: fuse.Minor, MaxStreams: 1, BootID: bootID(), SessionID: ss.id, Software: ss.srv.software,
+		FuseMinor: fuse.Minor, MaxStreams: 1, BootID: bootID(), SessionID: ss.id, Software: ss.srv.conf.Software,
 	}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
@@ -131,8 +135,8 @@ func (ss *session) detach(c *control) {
 	}
 }
 
-// read takes the guest's messages until the channel ends.
-func (ss *session) read(c *control) {
+// read takes the guest's messages until the channel ends, and returns why it did.
+func (ss *session) read(c *control) error {
 	r := wire.NewReader(c, wire.MaxControl)
 	for {
 		t, body, err := r.Next()
@@ -144,20 +148,13 @@ func (ss *session) read(c *control) {
 			ss.alive()
 			err = ss.message(c, m)
 		}
-		switch {
-		case err == nil:
+		if err == nil {
 			continue
-		case errors.Is(err, wire.ErrProtocol):
-			ss.log.Warn("control channel closed: the guest broke the protocol", "error", err)
-			if ss.version >= wire.Version2 {
-				_ = c.send(&wire.Refused{Errno: unix.EPROTO, Text: err.Error()}) // it may be gone
-			}
-		case errors.Is(err, io.EOF) || ss.ctx.Err() != nil:
-			ss.log.Debug("control channel closed")
-		default:
-			ss.log.Warn("control channel lost", "error", err)
 		}
-		return
+		if errors.Is(err, wire.ErrProtocol) && ss.version >= wire.Version2 {
+			_ = c.send(&wire.Refused{Errno: unix.EPROTO, Text: err.Error()}) // it may be gone
+		}
+		return err
 	}
 }
 
@@ -236,10 +233,11 @@ func (ss *session) requestMount(c *control, r *wire.MountRequest) {
 }
 
 func (ss *session) tryMount(r *wire.MountRequest) (*mount, error) {
-	e := ss.srv.export(ss.peer, r.Tag)
+	p := ss.srv.policy()
+	e, readOnly := p.export(ss.peer, r.Tag), false
 	if e == nil {
 		var tags []string
-		for _, x := range ss.srv.visible(ss.peer) {
+		for _, x := range p.visible(ss.peer) {
 			tags = append(tags, x.Tag)
 		}
 		return nil, fmt.Errorf("no export %s for this guest (%w): there are %s", quote(r.Tag), unix.ENOENT, cmp.Or(strings.Join(tags, ", "), "none"))
@@ -251,14 +249,12 @@ func (ss *session) tryMount(r *wire.MountRequest) (*mount, error) {
 				return nil, fmt.Errorf("%w: export %s is read-only: leave out rw", unix.EROFS, e.Tag)
 			}
 		case "ro":
-			ro := *e
-			ro.ReadOnly = true
-			e = &ro
+			readOnly = true
 		default:
 			return nil, fmt.Errorf("%w: this host knows no mount option %q: leave it out, or upgrade the host", unix.EINVAL, o)
 		}
 	}
-	return ss.addMount(e, r.Dir)
+	return ss.addMount(e, readOnly, r.Dir)
 }
 
 // listExports answers with as many messages as it takes.

@@ -8,7 +8,7 @@ import (
 
 // Mounts for which a worker has no descriptor left are refused, and those that it has go on.
 func TestNoDescriptorsLeft(t *testing.T) {
-	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *server) { s.limits.Files = 80 })
+	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *Server) { s.limits.Files = 80 })
 	g := newGuest(t, h.addr, 1).connect()
 	f, _ := g.mount("code")
 	for range 80 {

@@ -3,7 +3,7 @@
 // Package host is the file server of transfuse-host: it serves directories of
 // this machine to guests.
 //
-// The parent process (Run) listens, finds out who connects, and keeps the
+// The parent process (Server) listens, finds out who connects, and keeps the
 // sessions: one for each guest daemon, with its control channel and mounts. It
 // reads no FUSE message. A worker process (Worker) serves each session: the
 // parent passes it the directories of exports and the streams that arrived,
@@ -39,7 +39,10 @@
 //     without a control channel; a VM that has booted anew can't.
 //   - Every goroutine of the parent belongs to the server or to a session, whose
 //     end waits for it. A context's cause is the reason that is logged.
+//   - The configuration can change while the server runs (Reconfigure). Who may do
+//     what is one value that is replaced (policy); a session's mounts are compared
+//     with it, and a mount that is made meanwhile looks again.
 //
-// Locks: server.mu before session.starting before session.mu; no lock is held
+// Locks: server.reloading before server.mu before session.starting before session.mu; no lock is held
 // for I/O but starting, which is there for that.
 package host

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -88,6 +89,11 @@ func (e *Export) allows(p transport.Peer, uid uint32) bool {
 		}
 		return p.Family == transport.Vsock && p.CID == r.CID
 	})
+}
+
+// same says whether a mount of e is one of o too. Who may have it is another question.
+func (e *Export) same(o *Export) bool {
+	return e.Tag == o.Tag && e.Dir == o.Dir && reflect.DeepEqual(e.Options, o.Options)
 }
 
 // ParseExport parses TAG=DIR[,option…]. A backslash takes the meaning from a

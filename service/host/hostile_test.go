@@ -33,7 +33,7 @@ func frame(t testing.TB, m wire.Message) []byte {
 // Whatever a connection begins with, it alone ends, and the guest that is
 // there is served on.
 func TestGarbage(t *testing.T) {
-	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *server) {
+	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *Server) {
 		s.times.first = 200 * time.Millisecond
 		s.refused = newRefusals(0, 1000, 1000)
 	})
@@ -134,7 +134,7 @@ func TestGarbage(t *testing.T) {
 
 // Connections that say nothing neither keep others out nor stay.
 func TestSlowloris(t *testing.T) {
-	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *server) {
+	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *Server) {
 		s.times.first = 500 * time.Millisecond
 		s.gate = newGate(8, 8)
 	})

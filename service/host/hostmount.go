@@ -22,16 +22,19 @@ import (
 // guests returns the guests of the configuration that this session may be of.
 func (ss *session) guests() []Guest {
 	ss.mu.Lock()
-	socket := ss.about.Socket
-	ss.mu.Unlock()
+	defer ss.mu.Unlock()
+	return ss.guestsLocked()
+}
+
+func (ss *session) guestsLocked() []Guest {
 	var gs []Guest
-	for _, g := range ss.srv.guests {
+	for _, g := range ss.srv.policy().guests {
 		if !g.is(ss.peer) {
 			continue
 		}
 		// Over Unix sockets all guests of a user look alike, until one says
 		// where it listens, or is dialled (dialV1).
-		if g.Addr.Family == transport.Unix && ss.version >= wire.Version2 && socket != g.Addr.String() {
+		if g.Addr.Family == transport.Unix && ss.version >= wire.Version2 && ss.about.Socket != g.Addr.String() {
 			continue
 		}
 		gs = append(gs, g)
@@ -42,19 +45,62 @@ func (ss *session) guests() []Guest {
 // errOtherGuest says that the configured guest is not this session's.
 var errOtherGuest = errors.New("another guest listens there")
 
+// errNotWanted ends the keeping of a mount that the configuration has no longer.
+var errNotWanted = errors.New("the host no longer asks for this mount")
+
+// keepMounts has the guest keep the mounts that the configuration has now, and no others. It is called with each control channel, and
+// when the configuration has changed.
+func (ss *session) keepMounts() {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	c := ss.control
+	if c == nil || ss.ctx.Err() != nil {
+		return
+	}
+	if c.ctx != ss.keeping {
+		ss.keeping, ss.keepers = c.ctx, map[string]context.CancelCauseFunc{} // those of the channel before have ended with it
+	}
+	wanted := map[string]bool{}
+	for _, g := range ss.guestsLocked() {
+		for _, m := range g.Mounts {
+			wish := fmt.Sprintf("%q %q %q %q", g.Addr, m.Tag, m.Dir, m.Options)
+			wanted[wish] = true
+			if ss.keepers[wish] == nil {
+				ctx, cancel := context.WithCancelCause(c.ctx)
+				ss.keepers[wish] = cancel
+				ss.work.Go(func() {
+					defer cancel(nil)
+					ss.keep(ctx, c, g, m, wish)
+				})
+			}
+		}
+	}
+	for wish, cancel := range ss.keepers {
+		if !wanted[wish] {
+			delete(ss.keepers, wish)
+			cancel(errNotWanted)
+		}
+	}
+}
+
 // keep has the guest keep a mount while its control channel c lasts.
-func (ss *session) keep(ctx context.Context, c *control, g Guest, gm GuestMount) {
+func (ss *session) keep(ctx context.Context, c *control, g Guest, gm GuestMount, wish string) {
 	log := ss.log.With("tag", gm.Tag, "dir", gm.Dir)
 	wait, last := ss.srv.times.retryMin, ""
 	for {
-		m := ss.mountAt(gm.Dir) // from before the control channel was lost
+		ss.mu.Lock() // one from before the control channel was lost
+		m := ss.mountAtLocked(gm.Dir, func(m *mount) bool { return !m.retired && (m.wish == "" || m.wish == wish) })
+		ss.mu.Unlock()
 		var err error
 		if m == nil {
-			m, err = ss.ask(ctx, c, g, gm)
+			m, err = ss.ask(ctx, c, g, gm, wish)
 		}
 		if err == nil {
 			select {
 			case <-ctx.Done():
+				if context.Cause(ctx) == errNotWanted {
+					ss.retire(m, wire.ReasonAsked, errNotWanted)
+				}
 				return
 			case <-m.done:
 			}
@@ -99,6 +145,9 @@ func (ss *session) ending(ctx context.Context, m *mount) (stood, wish bool) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	delete(ss.untold, m.id)
+	if m.retired {
+		return m.stood, false
+	}
 	if ss.version < wire.Version2 {
 		return m.stood, m.stood
 	}
@@ -106,16 +155,17 @@ func (ss *session) ending(ctx context.Context, m *mount) (stood, wish bool) {
 }
 
 // ask has the guest mount, in its version of the protocol.
-func (ss *session) ask(ctx context.Context, c *control, g Guest, gm GuestMount) (*mount, error) {
+func (ss *session) ask(ctx context.Context, c *control, g Guest, gm GuestMount, wish string) (*mount, error) {
 	if ss.version < wire.Version2 {
-		return ss.mountV1(ctx, c, g, gm)
+		return ss.mountV1(ctx, c, g, gm, wish)
 	}
 	id, answer := ss.expect()
 	defer ss.forget(id)
 	if err := c.send(&wire.MountAsk{ID: id, Tag: gm.Tag, Dir: gm.Dir, Options: gm.Options}); err != nil {
 		return nil, err
 	}
-	a, err := await(ctx, answer, 6*ss.srv.times.answer)
+	// Not ctx: what the guest has begun has to be unmounted when it is no longer wanted.
+	a, err := await(c.ctx, answer, 6*ss.srv.times.answer)
 	if err != nil {
 		return nil, err
 	}
@@ -132,7 +182,7 @@ func (ss *session) ask(ctx context.Context, c *control, g Guest, gm GuestMount) 
 	if m == nil || m.export.Tag != gm.Tag {
 		return nil, fmt.Errorf("the guest says that mount %d stands, which there is not", r.MountID)
 	}
-	m.asked = true
+	m.asked, m.wish = true, wish
 	return m, nil
 }
 
@@ -152,8 +202,11 @@ func await(ctx context.Context, answer <-chan wire.Message, d time.Duration) (wi
 
 // mountV1 asks a guest of version 1 whether the mount point suits, dials it,
 // and has the worker serve the connection.
-func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMount) (*mount, error) {
-	e := ss.srv.byTag(gm.Tag)
+func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMount, wish string) (*mount, error) {
+	e := ss.srv.policy().byTag(gm.Tag)
+	if e == nil {
+		return nil, errExportGone
+	}
 	id, answer := ss.expect()
 	defer ss.forget(id)
 	// As for an export, which an empty directory suits too: there is one after the first mount.
@@ -187,7 +240,7 @@ func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMou
 		return nil, err
 	}
 	defer conn.Close() // the worker has its own
-	m, err := ss.addMount(e, gm.Dir)
+	m, err := ss.addMount(e, false, gm.Dir)
 	if err != nil {
 		return nil, err
 	}
@@ -200,15 +253,19 @@ func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMou
 		return nil, err
 	}
 	ss.mu.Lock()
-	m.asked = true
+	m.asked, m.wish = true, wish
 	ss.mu.Unlock()
 	return m, nil
 }
 
-// byTag returns an export that the configuration has.
-func (s *server) byTag(tag string) *Export {
-	i := slices.IndexFunc(s.exports, func(e *Export) bool { return e.Tag == tag })
-	return s.exports[i]
+// byTag returns an export, or nil.
+func (c *policy) byTag(tag string) *Export {
+	for _, e := range c.exports {
+		if e.Tag == tag {
+			return e
+		}
+	}
+	return nil
 }
 
 // dialV1 connects to the guest's own socket for a subprotocol. Where the
@@ -225,8 +282,8 @@ func (ss *session) dialV1(ctx context.Context, g Guest, sub byte) (*transport.Co
 		return nil, errOtherGuest
 	}
 	c.SetDeadline(time.Now().Add(ss.srv.times.answer))
-	if g.Addr.Family == transport.Hybrid && len(ss.srv.token) > 0 {
-		if err := prove(c, ss.srv.token); err != nil {
+	if token := ss.srv.policy().token; g.Addr.Family == transport.Hybrid && len(token) > 0 {
+		if err := prove(c, token); err != nil {
 			c.Close()
 			return nil, err
 		}

@@ -57,7 +57,7 @@ func TestMountOutlivesStream(t *testing.T) {
 	if errno := f.lock(node, fh, 1); errno != 0 {
 		t.Fatal(errno)
 	}
-	if err := os.Remove(filepath.Join(h.s.exports[0].Dir, "hello")); err != nil {
+	if err := os.Remove(filepath.Join(h.s.policy().exports[0].Dir, "hello")); err != nil {
 		t.Fatal(err)
 	}
 	goesOn := func(f *fuseConn) {
@@ -128,7 +128,7 @@ func TestMountWithoutKeepEndsWithStream(t *testing.T) {
 // A session that has nothing but mounts that it keeps ends after a while; one whose guest is there, or whose mount is served, does not.
 func TestGuestDoesNotComeBack(t *testing.T) {
 	const kept = 300 * time.Millisecond
-	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *server) { s.times.kept = kept })
+	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *Server) { s.times.kept = kept })
 	g := keeper(t, h.addr, 1).connect()
 	f, id := g.mount("code")
 	f.Close()
@@ -164,7 +164,7 @@ func TestWorkersDeathEndsKeptMount(t *testing.T) {
 }
 
 // hybridHost is a host that VMs reach by a VMM's socket, all as they like.
-func hybridHost(t *testing.T, change ...func(*server)) (*testHost, transport.Addr) {
+func hybridHost(t *testing.T, change ...func(*Server)) (*testHost, transport.Addr) {
 	a := transport.Addr{Family: transport.Hybrid, Path: filepath.Join(t.TempDir(), "v.sock"), Port: 1524}
 	return startHost(t, Config{Listen: []transport.Addr{a}, AllowUnprivileged: true, Exports: []Export{exportDir(t, "code", "guests=any")}}, change...), a
 }

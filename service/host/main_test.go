@@ -128,7 +128,7 @@ func (l *logs) all() []string {
 // testHost is a running server.
 type testHost struct {
 	t    testing.TB
-	s    *server
+	s    *Server
 	addr transport.Addr // of its Unix socket
 	logs *logs
 	stop func() // ends it, and waits
@@ -137,7 +137,7 @@ type testHost struct {
 // startHost runs a server of c on a Unix socket, besides c.Listen, until the
 // end of the test, which checks that nothing is left. change may alter the
 // server before it starts.
-func startHost(t *testing.T, c Config, change ...func(*server)) *testHost {
+func startHost(t *testing.T, c Config, change ...func(*Server)) *testHost {
 	t.Helper()
 	fstest.Leaks(t)
 	h := &testHost{t: t, addr: transport.Addr{Family: transport.Unix, Path: filepath.Join(t.TempDir(), "h.sock")}}

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"fmt"
+	"os"
 	"slices"
 
 	"transfused.org/transfused/service/transport"
@@ -33,13 +34,21 @@ func identify(p transport.Peer) identity {
 // privilegedPorts end here; only root of a guest binds them.
 const privilegedPorts = 1024
 
-// policy decides who may connect and what he sees.
+// policy decides who may connect and what he sees. It is not changed: the server takes another.
 type policy struct {
 	exports           []*Export
 	guests            []Guest
 	token             []byte
 	allowUnprivileged bool
 	uid               uint32 // of this server
+}
+
+func newPolicy(c *Config) *policy {
+	p := &policy{guests: c.Guests, token: c.Token, allowUnprivileged: c.AllowUnprivileged, uid: uint32(os.Geteuid())}
+	for _, e := range c.Exports {
+		p.exports = append(p.exports, &e)
+	}
+	return p
 }
 
 // admit says whether a connection of p that gave token may be served, or why

@@ -10,7 +10,9 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,10 +21,11 @@ import (
 	"transfused.org/transfused/service/wire"
 )
 
-// server is the parent process: it listens, finds out who connects, and keeps
-// the sessions. It reads no FUSE message.
-type server struct {
-	policy
+// Server is the parent process: it listens, finds out who connects, and keeps
+// the sessions. It reads no FUSE message. Its methods may be called from any goroutine.
+type Server struct {
+	conf     Config // as it began; what of it can change is in rules
+	rules    atomic.Pointer[policy]
 	log      *slog.Logger
 	software string
 	times    times
@@ -32,8 +35,7 @@ type server struct {
 	strangers *gate
 	limits    confinement // of each worker; paths and capabilities come with the session
 
-	ready  func() // of Config
-	status func(string)
+	reloading sync.Mutex // serializes Reconfigure; taken before mu
 
 	wg sync.WaitGroup // all goroutines but the workers' readers, which the sessions wait for
 
@@ -48,7 +50,7 @@ type server struct {
 type quota struct{ own, guest, mounts, workers *limiter }
 
 // quotaOf returns the quota of a peer. Precondition: s.mu is held.
-func (s *server) quotaOf(id identity) quota {
+func (s *Server) quotaOf(id identity) quota {
 	q, ok := s.quotas[id]
 	if !ok {
 		q = quota{own: newLimiter(200, 20), guest: newLimiter(100, 10), mounts: newLimiter(maxMounts, 10), workers: newLimiter(4*maxSessions, 1)}
@@ -68,12 +70,13 @@ type times struct {
 	silent, dead       time.Duration // without a sign of life: log it; end the session
 	retryMin, retryMax time.Duration // between attempts of a mount that the host asks for
 	goodbye            time.Duration // for unmounting when the host ends
+	grace              time.Duration // for unmounting what a guest may have no longer
 }
 
 var defaultTimes = times{
 	first: 5 * time.Second, write: 10 * time.Second, answer: 10 * time.Second, stream: 30 * time.Second, kept: 5 * time.Minute,
 	ping: 10 * time.Second, silent: 30 * time.Second, dead: 5 * time.Minute,
-	retryMin: 500 * time.Millisecond, retryMax: 30 * time.Second, goodbye: 2 * time.Second,
+	retryMin: 500 * time.Millisecond, retryMax: 30 * time.Second, goodbye: 2 * time.Second, grace: 10 * time.Second,
 }
 
 // Bounds of what peers can have.
@@ -95,38 +98,41 @@ const (
 	workerFiles      = 1 << 20
 )
 
-func newServer(c Config) *server {
+func newServer(c Config) *Server {
 	log := c.Log
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	s := &server{
-		log: log, software: c.Software, ready: c.Ready, status: c.Status, times: defaultTimes, refused: newRefusals(toldAgain, 20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
+	s := &Server{
+		conf: c, log: log, times: defaultTimes, refused: newRefusals(toldAgain, 20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
 		limits:   confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
 		sessions: map[*session]bool{}, quotas: map[identity]quota{},
-		policy: policy{
-			guests: c.Guests, token: c.Token, allowUnprivileged: c.AllowUnprivileged, uid: uint32(os.Geteuid()),
-		},
 	}
-	for i := range c.Exports {
-		s.exports = append(s.exports, &c.Exports[i])
-	}
+	s.rules.Store(newPolicy(&c))
 	return s
 }
 
-// Run serves c until ctx ends, and returns nil when everything that it
-// started is gone: processes, sockets, connections. A mistake in c is a
-// *ConfigError; other errors are of the system.
-func Run(ctx context.Context, c Config) error {
+// New makes a server of c, which does nothing before Run. A mistake in c is a
+// *ConfigError.
+func New(c Config) (*Server, error) {
 	if err := c.Check(); err != nil {
-		return &ConfigError{err}
+		return nil, &ConfigError{err}
 	}
-	s := newServer(c)
+	return newServer(c), nil
+}
+
+// Run serves until ctx ends, and returns nil when everything that it
+// started is gone: processes, sockets, connections. Its errors are of the system. It is
+// called once.
+func (s *Server) Run(ctx context.Context) error {
+	ls := slices.Clone(s.conf.Inherited)
 	if err := s.tryWorker(); err != nil {
+		for _, l := range ls {
+			l.Close()
+		}
 		return err
 	}
-	ls := c.Inherited
-	for _, a := range c.Listen {
+	for _, a := range s.conf.Listen {
 		l, err := transport.Listen(a)
 		if err != nil {
 			for _, l := range ls {
@@ -136,7 +142,7 @@ func Run(ctx context.Context, c Config) error {
 		}
 		ls = append(ls, l)
 	}
-	for _, w := range c.warnings() {
+	for _, w := range s.conf.warnings() {
 		s.log.Warn(w)
 	}
 	s.serve(ctx, ls)
@@ -144,16 +150,23 @@ func Run(ctx context.Context, c Config) error {
 }
 
 // tellStatus tells how the server does. Precondition: s.mu is held.
-func (s *server) tellStatus() {
-	if s.status == nil {
-		return
+func (s *Server) tellStatus() {
+	if s.conf.Status != nil {
+		s.conf.Status(s.textLocked())
 	}
-	s.status(fmt.Sprintf("exports: %d, sessions of guests: %d", len(s.exports), len(s.sessions)))
 }
+
+// textLocked tells in words how the server does. Precondition: s.mu is held.
+func (s *Server) textLocked() string {
+	return fmt.Sprintf("exports: %d, sessions of guests: %d", len(s.policy().exports), len(s.sessions))
+}
+
+// policy is who may do what, as it is now. Who decides by it about something that stays looks again afterwards (addMount).
+func (s *Server) policy() *policy { return s.rules.Load() }
 
 // tryWorker finds out at the start, and not at the first mount, whether
 // workers can be confined here.
-func (s *server) tryWorker() error {
+func (s *Server) tryWorker() error {
 	c := s.limits
 	c.Caps = serverCaps(false, false)
 	w, err := startWorker(c, s.log, workerEvents{died: func(error) {}})
@@ -172,21 +185,21 @@ func (e *ConfigError) Unwrap() error { return e.err }
 
 // serve accepts connections until ctx ends, then closes ls and waits for
 // everything.
-func (s *server) serve(ctx context.Context, ls []*transport.Listener) {
+func (s *Server) serve(ctx context.Context, ls []*transport.Listener) {
 	if !canNamespace() {
-		s.log.Info("not root, or without CAP_SYS_ADMIN: workers are confined by Landlock", "uid", s.uid)
+		s.log.Info("not root, or without CAP_SYS_ADMIN: workers are confined by Landlock", "uid", s.policy().uid)
 	}
 	for _, l := range ls {
 		s.log.Info("listening", "address", l.Addr().String())
 	}
-	for _, g := range s.guests {
+	for _, g := range s.policy().guests {
 		s.log.Info("waiting for the guest at " + g.Addr.String())
 	}
 	for _, l := range ls {
 		s.wg.Go(func() { s.accept(ctx, l) })
 	}
-	if s.ready != nil {
-		s.ready()
+	if s.conf.Ready != nil {
+		s.conf.Ready()
 	}
 	s.mu.Lock()
 	s.tellStatus()
@@ -198,7 +211,7 @@ func (s *server) serve(ctx context.Context, ls []*transport.Listener) {
 	s.wg.Wait()
 }
 
-func (s *server) accept(ctx context.Context, l *transport.Listener) {
+func (s *Server) accept(ctx context.Context, l *transport.Listener) {
 	for {
 		c, err := l.Accept()
 		switch {
@@ -230,19 +243,19 @@ func pause(ctx context.Context, d time.Duration) bool {
 }
 
 // refuse logs why a connection is not served.
-func (s *server) refuse(p transport.Peer, err error) {
+func (s *Server) refuse(p transport.Peer, err error) {
 	if ok, dropped := s.refused.allow(identify(p), err, time.Now()); ok {
 		s.log.Warn("connection refused", append([]any{"peer", p.String(), "address", p.Local.String(), "reason", err}, droppedAttr(dropped)...)...)
 	}
 }
 
 // handle serves one connection to its end.
-func (s *server) handle(ctx context.Context, c *transport.Conn) {
+func (s *Server) handle(ctx context.Context, c *transport.Conn) {
 	defer c.Close()
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
 	who, gate := identify(c.Peer()), s.gate
-	if s.stranger(c.Peer()) {
+	if s.policy().stranger(c.Peer()) {
 		gate = s.strangers
 	}
 	if !gate.enter(who) {
@@ -251,7 +264,7 @@ func (s *server) handle(ctx context.Context, c *transport.Conn) {
 	}
 	first, err := s.first(c)
 	if err == nil {
-		err = s.admit(c.Peer(), tokenOf(first))
+		err = s.policy().admit(c.Peer(), tokenOf(first))
 	}
 	gate.leave(who)
 	if err == nil {
@@ -264,7 +277,7 @@ func (s *server) handle(ctx context.Context, c *transport.Conn) {
 }
 
 // first reads the message that says what a connection is for.
-func (s *server) first(c *transport.Conn) (wire.Message, error) {
+func (s *Server) first(c *transport.Conn) (wire.Message, error) {
 	c.SetReadDeadline(time.Now().Add(s.times.first))
 	defer c.SetReadDeadline(time.Time{})
 	t, body, err := wire.NewReader(c, wire.MaxFirst).Next()
@@ -295,7 +308,7 @@ func tokenOf(m wire.Message) []byte {
 
 // dispatch serves a connection by its first message. Its error is for the
 // peer, who has had no answer yet. Stop keeps ctx from closing c.
-func (s *server) dispatch(ctx context.Context, stop func() bool, c *transport.Conn, first wire.Message) error {
+func (s *Server) dispatch(ctx context.Context, stop func() bool, c *transport.Conn, first wire.Message) error {
 	switch m := first.(type) {
 	case *wire.Init:
 		ss, err := s.session(ctx, c.Peer(), m)
@@ -333,7 +346,7 @@ func (s *server) dispatch(ctx context.Context, stop func() bool, c *transport.Co
 
 // tell sends a peer of version 2 why it is refused. One of version 1 has no
 // ear for that.
-func (s *server) tell(c *transport.Conn, first wire.Message, err error) {
+func (s *Server) tell(c *transport.Conn, first wire.Message, err error) {
 	errno := errnoOf(err)
 	if errno == unix.EIO {
 		errno = unix.EPERM
@@ -357,7 +370,7 @@ func (s *server) tell(c *transport.Conn, first wire.Message, err error) {
 
 // session returns the session of an Init: a new one, or the one that lost its
 // control channel.
-func (s *server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*session, error) {
+func (s *Server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*session, error) {
 	if m.MinVersion > wire.Version2 {
 		return nil, fmt.Errorf("%w: the guest speaks version %d of the protocol and above, this host up to %d: upgrade the host", unix.EPROTONOSUPPORT, m.MinVersion, wire.Version2)
 	}
@@ -400,7 +413,7 @@ func (s *server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*
 }
 
 // find returns the session that a further connection of p belongs to.
-func (s *server) find(p transport.Peer, id [16]byte) (*session, error) {
+func (s *Server) find(p transport.Peer, id [16]byte) (*session, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for ss := range s.sessions {
@@ -414,7 +427,7 @@ func (s *server) find(p transport.Peer, id [16]byte) (*session, error) {
 
 // openNotifyV1 finds the mount that a notify channel of version 1 is for: it
 // tells no more than the mount point.
-func (s *server) openNotifyV1(c *transport.Conn, m *wire.NotifyOpen) error {
+func (s *Server) openNotifyV1(c *transport.Conn, m *wire.NotifyOpen) error {
 	p := c.Peer()
 	s.mu.Lock()
 	var found *mount

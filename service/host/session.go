@@ -27,7 +27,7 @@ import (
 //
 // Its context ends it; the cause is the reason.
 type session struct {
-	srv     *server
+	srv     *Server
 	who     identity
 	peer    transport.Peer // of the control connection that made it
 	version uint16         // that is spoken
@@ -43,14 +43,17 @@ type session struct {
 	work    sync.WaitGroup
 	busy    chan struct{} // one for each request being worked on
 
-	starting sync.Mutex // serializes starting the worker; taken before mu
+	starting sync.Mutex  // serializes starting the worker, and what it must be there for; taken before mu
+	confined confinement // of the worker; guarded by starting
 
 	mu      sync.Mutex // guards the rest
 	worker  *workerProc
-	control *control    // nil while it is lost
-	lostAt  time.Time   // when it was lost; zero while it is there, or has not been yet
-	about   wire.Init   // what the guest said at last
-	kept    *time.Timer // runs while the session has nothing but mounts that it keeps
+	keeping context.Context                    // of the control channel that keepers are of
+	keepers map[string]context.CancelCauseFunc // one for each mount that the host asks for
+	control *control                           // nil while it is lost
+	lostAt  time.Time                          // when it was lost; zero while it is there, or has not been yet
+	about   wire.Init                          // what the guest said at last
+	kept    *time.Timer                        // runs while the session has nothing but mounts that it keeps
 	mounts  map[uint32]*mount
 	untold  map[uint32]*mount            // that the host asked for and that ended, until the guest says why
 	next    uint32                       // MountID, or ID of a question to the guest, used last
@@ -61,8 +64,9 @@ type session struct {
 // mount is one mount of an export by one guest.
 type mount struct {
 	id     uint32
-	export *Export
-	dir    string // in the guest
+	export *Export // as the guest has it: perhaps read-only where the host's is not
+	of     *Export // as it was offered
+	dir    string  // in the guest
 	done   chan struct{}
 	told   chan struct{} // closed when the guest has said why it ended
 
@@ -71,6 +75,8 @@ type mount struct {
 
 	// Guarded by the session's mu.
 	asked   bool        // by the host
+	wish    string      // the configured mount that was asked for
+	retired bool        // the host has it unmounted
 	streams uint64      // that came
 	served  bool        // the last of them has not ended
 	stood   bool        // its notify channel came: the guest had mounted it
@@ -86,7 +92,7 @@ var (
 	errGaveWay   = errors.New("the guest has begun too many sessions since it lost this one")
 )
 
-func newSession(ctx context.Context, s *server, p transport.Peer, m *wire.Init) *session {
+func newSession(ctx context.Context, s *Server, p transport.Peer, m *wire.Init) *session {
 	ss := &session{
 		srv: s, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, boot: m.BootID, write: maxWrite,
 		start: time.Now(), busy: make(chan struct{}, maxRequests),
@@ -240,12 +246,31 @@ func (ss *session) reason() error {
 
 var errShutdown = errors.New("the host ends")
 
-// startWorker returns the session's worker, started if need be.
-func (ss *session) startWorker() (*workerProc, error) {
-	ss.starting.Lock()
-	defer ss.starting.Unlock()
+// reaches says whether a worker that is so confined can serve e: the walls don't move.
+func (c *confinement) reaches(e *Export) bool {
+	if e.Suid && !slices.Contains(c.Caps, unix.CAP_SETFCAP) || e.Dev && !slices.Contains(c.Caps, unix.CAP_MKNOD) {
+		return false
+	}
+	return canNamespace() || slices.Contains(c.ReadWrite, e.Dir) || e.ReadOnly && slices.Contains(c.ReadOnly, e.Dir)
+}
+
+// workerFor returns the session's worker, which can serve e; started if need be. Precondition: ss.starting is held.
+func (ss *session) workerFor(e *Export) (*workerProc, error) {
 	if err := ss.ctx.Err(); err != nil {
 		return nil, fmt.Errorf("the session has ended: %w", unix.ESHUTDOWN)
+	}
+	if ss.worker != nil && !ss.confined.reaches(e) {
+		ss.mu.Lock()
+		used := len(ss.mounts) > 0
+		old := ss.worker
+		if !used {
+			ss.worker = nil
+		}
+		ss.mu.Unlock()
+		if used {
+			return nil, fmt.Errorf("%w: the worker of this guest was shut in before export %s was as it is now: unmount what the guest has of this host, or start its transfused again", unix.EAGAIN, e.Tag)
+		}
+		old.close()
 	}
 	if ss.worker != nil {
 		return ss.worker, nil
@@ -255,7 +280,7 @@ func (ss *session) startWorker() (*workerProc, error) {
 	}
 	c := ss.srv.limits
 	var suid, dev bool
-	for _, e := range ss.srv.visible(ss.peer) {
+	for _, e := range ss.srv.policy().visible(ss.peer) {
 		suid, dev = suid || e.Suid, dev || e.Dev
 		if e.ReadOnly {
 			c.ReadOnly = append(c.ReadOnly, e.Dir)
@@ -271,8 +296,9 @@ func (ss *session) startWorker() (*workerProc, error) {
 		}
 	}})
 	if err != nil {
-		return nil, err
+		return nil, &hostError{err}
 	}
+	ss.confined = c
 	ss.mu.Lock()
 	ss.worker = w
 	ss.mu.Unlock()
@@ -280,26 +306,21 @@ func (ss *session) startWorker() (*workerProc, error) {
 }
 
 // addMount gives the worker an export to serve, under a new MountID.
-func (ss *session) addMount(e *Export, dir string) (*mount, error) {
-	w, err := ss.startWorker()
+func (ss *session) addMount(of *Export, readOnly bool, dir string) (*mount, error) {
+	e := *of
+	e.ReadOnly = e.ReadOnly || readOnly
+	m := &mount{export: &e, of: of, dir: dir, done: make(chan struct{}), told: make(chan struct{})}
+	w, err := ss.noteMount(m)
 	if err != nil {
-		return nil, &hostError{err}
+		return nil, err
 	}
-	if ok, _ := ss.quota.mounts.allow(time.Now()); !ok {
-		return nil, fmt.Errorf("%w: too many mounts at once: wait a little", unix.EAGAIN)
+	m.noFlush, err = w.mount(mountOrder{MountID: m.id, Ahead: ss.version >= wire.Version2, Keep: m.keep}, &e)
+	// The policy may have changed before the mount was noted, and so nobody have ended it.
+	if err == nil && !ss.may(m) {
+		ss.drop(m, errExportGone.Error())
+		return nil, fmt.Errorf("%w: %w", errExportGone, unix.ENOENT)
 	}
-	m := &mount{export: e, dir: dir, done: make(chan struct{}), told: make(chan struct{})}
-	ss.mu.Lock()
-	if len(ss.mounts) >= maxMounts {
-		ss.mu.Unlock()
-		return nil, fmt.Errorf("%w: this guest has %d mounts already", unix.EMFILE, maxMounts)
-	}
-	ss.next++
-	m.id, m.keep = ss.next, ss.about.Features&wire.FeatureKeep != 0
-	m.timeout = time.AfterFunc(ss.srv.times.stream, func() { ss.drop(m, "no stream came for it") })
-	ss.mounts[m.id] = m
-	ss.mu.Unlock()
-	if m.noFlush, err = w.mount(mountOrder{MountID: m.id, Ahead: ss.version >= wire.Version2, Keep: m.keep}, e); err != nil {
+	if err != nil {
 		ss.mu.Lock()
 		if ss.mounts[m.id] == m {
 			ss.endLocked(m)
@@ -308,6 +329,37 @@ func (ss *session) addMount(e *Export, dir string) (*mount, error) {
 		return nil, &hostError{err}
 	}
 	return m, nil
+}
+
+var errExportGone = errors.New("the host has changed what it exports to this guest")
+
+// may says whether the guest may have m as it is.
+func (ss *session) may(m *mount) bool {
+	now := ss.srv.policy().export(ss.peer, m.of.Tag)
+	return now != nil && now.same(m.of)
+}
+
+// noteMount gives m its number, and returns the worker that is to serve it.
+func (ss *session) noteMount(m *mount) (*workerProc, error) {
+	ss.starting.Lock() // until it is noted, and so the worker is in use
+	defer ss.starting.Unlock()
+	w, err := ss.workerFor(m.export)
+	if err != nil {
+		return nil, err
+	}
+	if ok, _ := ss.quota.mounts.allow(time.Now()); !ok {
+		return nil, fmt.Errorf("%w: too many mounts at once: wait a little", unix.EAGAIN)
+	}
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	if len(ss.mounts) >= maxMounts {
+		return nil, fmt.Errorf("%w: this guest has %d mounts already", unix.EMFILE, maxMounts)
+	}
+	ss.next++
+	m.id, m.keep = ss.next, ss.about.Features&wire.FeatureKeep != 0
+	m.timeout = time.AfterFunc(ss.srv.times.stream, func() { ss.drop(m, "no stream came for it") })
+	ss.mounts[m.id] = m
+	return w, nil
 }
 
 // hostError is one whose text is not for guests: it may name the host's paths.
@@ -412,8 +464,12 @@ func (ss *session) endLocked(m *mount) {
 func (ss *session) mountAt(dir string) *mount {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
+	return ss.mountAtLocked(dir, func(*mount) bool { return true })
+}
+
+func (ss *session) mountAtLocked(dir string, match func(*mount) bool) *mount {
 	for _, m := range ss.mounts {
-		if m.dir == dir {
+		if m.dir == dir && match(m) {
 			return m
 		}
 	}
@@ -543,7 +599,7 @@ func (ss *session) unmounted(u *wire.Unmounted) {
 // exports returns what the guest may mount.
 func (ss *session) exports() []wire.ExportInfo {
 	var es []wire.ExportInfo
-	for _, e := range ss.srv.visible(ss.peer) {
+	for _, e := range ss.srv.policy().visible(ss.peer) {
 		es = append(es, wire.ExportInfo{Tag: e.Tag, ReadOnly: e.ReadOnly})
 	}
 	slices.SortFunc(es, func(a, b wire.ExportInfo) int { return cmp.Compare(a.Tag, b.Tag) })

@@ -136,7 +136,7 @@ func TestStreamsEndEndsMount(t *testing.T) {
 }
 
 func TestStreamMustCome(t *testing.T) {
-	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *server) { s.times.stream = 50 * time.Millisecond })
+	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *Server) { s.times.stream = 50 * time.Millisecond })
 	g := newGuest(t, h.addr, 1).connect()
 	id := g.request("code").MountID
 	h.logs.wait("mount ended", "no stream came")
@@ -180,7 +180,7 @@ func TestGuestsLog(t *testing.T) {
 }
 
 func TestDeadGuestIsNoticed(t *testing.T) {
-	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *server) {
+	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *Server) {
 		s.times.ping, s.times.silent, s.times.dead = 10*time.Millisecond, 50*time.Millisecond, 300*time.Millisecond
 	})
 	g := newGuest(t, h.addr, 1).connect()
@@ -210,7 +210,7 @@ func TestHostAsks(t *testing.T) {
 	h := startHost(t, Config{
 		Exports: []Export{exportDir(t, "code")},
 		Guests:  []Guest{{Addr: sock, Mounts: []GuestMount{{Tag: "code", Dir: "/mnt/code", Options: []string{"ro"}}}}},
-	}, func(s *server) { s.times.retryMin = 10 * time.Millisecond })
+	}, func(s *Server) { s.times.retryMin = 10 * time.Millisecond })
 
 	other := newGuest(t, h.addr, 2).connect() // listens elsewhere, so it is not asked
 

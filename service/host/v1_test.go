@@ -168,7 +168,7 @@ func TestVersion1(t *testing.T) {
 		Guests: []Guest{{transport.Addr{Family: transport.Unix, Path: sock}, []GuestMount{
 			{Tag: "code", Dir: "/mnt/code", Options: []string{"nosuid"}},
 		}}},
-	}, func(s *server) { s.times.retryMin = 10 * time.Millisecond })
+	}, func(s *Server) { s.times.retryMin = 10 * time.Millisecond })
 	g := &guestV1{t: t, addr: h.addr, ln: ln}
 	const args = "-o\x00default_permissions,allow_other,fsname=code,nosuid\x00/mnt/code"
 
@@ -234,7 +234,7 @@ func TestVersion1Ping(t *testing.T) {
 	h := startHost(t, Config{
 		Exports: []Export{exportDir(t, "code")},
 		Guests:  []Guest{{transport.Addr{Family: transport.Unix, Path: sock}, []GuestMount{{Tag: "code", Dir: "/mnt/code"}}}},
-	}, func(s *server) {
+	}, func(s *Server) {
 		s.times.ping, s.times.silent, s.times.dead = 10*time.Millisecond, 100*time.Millisecond, 400*time.Millisecond
 	})
 	g := &guestV1{t: t, addr: h.addr, ln: ln}
