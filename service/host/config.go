@@ -27,13 +27,16 @@ type Config struct {
 	// not be.
 	AllowUnprivileged bool
 	Software          string       // program and version, for the guests' logs
+	Version           string       // for the administrator
 	Log               *slog.Logger // nil for none
 
 	// Inherited are sockets that this process was started with, beside those
 	// of Listen. Run closes them.
 	Inherited []*transport.Listener
-	Ready     func()       // called once, when the server serves; nil: not
-	Status    func(string) // called with how the server does, in words, when that changes; must not wait; nil: not
+	Ready     func() // called once, when the server serves; nil: not
+	// Reread reads the configuration again, from where this one came; nil: it can't be.
+	Reread func() (Config, error)
+	Status func(string) // called with how the server does, in words, when that changes; must not wait; nil: not
 }
 
 // addresses are all that is listened on.

@@ -55,11 +55,13 @@ func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 		ss.log.Info("guest connected", about...)
 		ss.alive()
 		ss.spawn(func() { ss.watch(ctx, c) })
+		ss.srv.changed()
 		ss.keepMounts()
 		err = ss.read(c)
 	}
 	cancel()
 	ss.detach(c)
+	ss.srv.changed()
 	switch {
 	case errors.Is(err, wire.ErrProtocol):
 		ss.log.Warn("control channel closed: the guest broke the protocol", "error", err)

@@ -27,7 +27,7 @@ func (s *Server) Reconfigure(c Config) error {
 		err = sameAddresses(s.conf.Listen, c.Listen)
 	}
 	if err != nil {
-		s.log.Error("configuration refused: the one before stays in force", "reason", err)
+		s.refuseConfig(err)
 		return &ConfigError{err}
 	}
 	for _, w := range c.warnings() {
@@ -59,6 +59,11 @@ func (s *Server) Reconfigure(c Config) error {
 	}
 	s.log.Info("configuration read again", "exports", len(p.exports), "guests", len(p.guests))
 	return nil
+}
+
+// refuseConfig logs why a configuration is not taken.
+func (s *Server) refuseConfig(err error) {
+	s.log.Error("configuration refused: the one before stays in force", "reason", err)
 }
 
 // sameAddresses refuses another list of addresses to listen on.

@@ -108,7 +108,7 @@ func TestReloadExports(t *testing.T) {
 	}
 }
 
-// Mounts that nobody can be asked about end at once: those that are kept, and those of version 1 (by the end of their streams).
+// A mount about which nobody can be asked ends at once.
 func TestReloadEndsKeptMount(t *testing.T) {
 	code, other := exportDir(t, "code"), exportDir(t, "other")
 	h := startHost(t, Config{Exports: []Export{code, other}})

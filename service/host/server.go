@@ -39,7 +39,11 @@ type Server struct {
 
 	wg sync.WaitGroup // all goroutines but the workers' readers, which the sessions wait for
 
+	watchMu  sync.Mutex // guards watchers, and their being open
+	watchers map[chan struct{}]bool
+
 	mu       sync.Mutex // guards the rest; taken before a session's own
+	began    uint64     // sessions
 	sessions map[*session]bool
 	quotas   map[identity]quota
 }
@@ -106,7 +110,7 @@ func newServer(c Config) *Server {
 	s := &Server{
 		conf: c, log: log, times: defaultTimes, refused: newRefusals(toldAgain, 20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
 		limits:   confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
-		sessions: map[*session]bool{}, quotas: map[identity]quota{},
+		watchers: map[chan struct{}]bool{}, sessions: map[*session]bool{}, quotas: map[identity]quota{},
 	}
 	s.rules.Store(newPolicy(&c))
 	return s
@@ -149,8 +153,9 @@ func (s *Server) Run(ctx context.Context) error {
 	return nil
 }
 
-// tellStatus tells how the server does. Precondition: s.mu is held.
+// tellStatus tells how the server does, and that something changed. Precondition: s.mu is held.
 func (s *Server) tellStatus() {
+	s.changed()
 	if s.conf.Status != nil {
 		s.conf.Status(s.textLocked())
 	}
@@ -405,6 +410,7 @@ func (s *Server) session(ctx context.Context, p transport.Peer, m *wire.Init) (*
 		}
 		lost.cancel(errGaveWay)
 	}
+	s.began++
 	ss := newSession(ctx, s, p, m)
 	s.sessions[ss] = true
 	s.tellStatus()

@@ -28,6 +28,7 @@ import (
 // Its context ends it; the cause is the reason.
 type session struct {
 	srv     *Server
+	number  uint64 // of all sessions of the server
 	who     identity
 	peer    transport.Peer // of the control connection that made it
 	version uint16         // that is spoken
@@ -92,9 +93,10 @@ var (
 	errGaveWay   = errors.New("the guest has begun too many sessions since it lost this one")
 )
 
+// newSession makes a session, which its run ends. Precondition: s.mu is held.
 func newSession(ctx context.Context, s *Server, p transport.Peer, m *wire.Init) *session {
 	ss := &session{
-		srv: s, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, boot: m.BootID, write: maxWrite,
+		srv: s, number: s.began, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, boot: m.BootID, write: maxWrite,
 		start: time.Now(), busy: make(chan struct{}, maxRequests),
 		mounts: map[uint32]*mount{}, untold: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
 	}
@@ -386,6 +388,7 @@ func (ss *session) passStream(m *mount, c *transport.Conn, reply bool) error {
 	m.timeout.Stop()
 	ss.settleLocked()
 	ss.mu.Unlock()
+	ss.srv.changed()
 	if n > 1 {
 		ss.log.Info("mount goes on with another stream", "tag", m.export.Tag, "dir", quote(m.dir))
 	}
@@ -424,6 +427,7 @@ func (ss *session) streamLost(id uint32, number uint64, text string) {
 	m.served = false
 	ss.settleLocked()
 	ss.mu.Unlock()
+	ss.srv.changed()
 	ss.log.Info("mount waits for the guest to come back", "tag", m.export.Tag, "dir", quote(m.dir), "reason", quote(cmp.Or(text, "its stream ended")))
 }
 
@@ -440,6 +444,7 @@ func (ss *session) mountEnded(id uint32, text string) {
 	if m == nil {
 		return
 	}
+	ss.srv.changed()
 	if text == "" {
 		ss.log.Info("mount ended", "tag", m.export.Tag, "dir", quote(m.dir))
 	} else {
