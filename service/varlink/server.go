@@ -65,6 +65,7 @@ type Call struct {
 	stream     *stream
 	ending     context.Context // of the connection
 	replied    bool
+	gone       error // the connection has failed: there is nobody to reply to
 }
 
 // Decode decodes the parameters into v, a pointer to a struct. The error is for the caller: return it.
@@ -98,11 +99,6 @@ func (c *Call) Continue(parameters any) error {
 	return c.send(reply{Parameters: b, Continues: true}, nil)
 }
 
-// errGone wraps what the connection failed with: there is nobody to tell it.
-type errGone struct{ error }
-
-func (e errGone) Unwrap() error { return e.error }
-
 func (c *Call) send(r reply, files []*os.File) error {
 	if c.OneWay {
 		return nil
@@ -114,7 +110,7 @@ func (c *Call) send(r reply, files []*os.File) error {
 	c.stream.conn.SetWriteDeadline(time.Now().Add(timeout))
 	err := c.stream.send(r, MaxReply, files)
 	if err != nil && !errors.Is(err, errTooLong) {
-		return errGone{err}
+		c.gone = err
 	}
 	return err
 }
@@ -262,10 +258,9 @@ func (s *Server) serve(ctx context.Context, c *Call) error {
 		return c.fail("", NewError(MethodNotFound, map[string]string{"method": full}))
 	}
 	err := method(ctx, c)
-	var gone errGone
 	switch {
-	case errors.As(err, &gone):
-		return err
+	case c.gone != nil:
+		return c.gone
 	case c.replied:
 		return nil
 	case err != nil:
