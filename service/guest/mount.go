@@ -26,19 +26,23 @@ type MountOptions struct {
 	AllowOther         bool
 	DefaultPermissions bool   // the kernel checks modes and ACLs
 	MaxRead            uint32 // bytes of one READ at most; 0 leaves it to INIT
+	NoAuto             bool   // of a configured mount: it is made when it is asked for, by mount(8) or the automounter, and not before
 }
 
 // ParseMountOptions reads options as mount(8) and fusermount(1) write them, each of which may hold several
 // separated by commas. An option that is not known is an error: its meaning would be lost.
 func ParseMountOptions(options []string) (MountOptions, error) {
 	var o MountOptions
+	automount := false
 	for _, list := range options {
 		for opt := range strings.SplitSeq(list, ",") {
 			key, val, has := strings.Cut(opt, "=")
 			switch {
 			case key == "fsname" && has, key == "source" && has:
 				o.Source = val
-			case key == "subtype" && has, key == "x-mount.mkdir", strings.HasPrefix(key, "x-"):
+			case key == "x-systemd.automount":
+				automount = true
+			case key == "subtype" && has, strings.HasPrefix(key, "x-"), strings.HasPrefix(key, "X-"):
 				// The subtype is always ours, and x- is for mount(8) and systemd.
 			case key == "max_read" && has:
 				n, err := strconv.ParseUint(val, 10, 32)
@@ -55,12 +59,19 @@ func ParseMountOptions(options []string) (MountOptions, error) {
 			}
 		}
 	}
+	// Behind the automounter's point, auto changes nothing; and who walked there now would wait for this very mount.
+	o.NoAuto = o.NoAuto || automount
 	return o, nil
 }
 
 func (o *MountOptions) set(key string) error {
 	switch key {
-	case "", "defaults":
+	case "", "defaults", "nofail", "_netdev":
+		// The latter two are for systemd, too.
+	case "noauto":
+		o.NoAuto = true
+	case "auto":
+		o.NoAuto = false
 	case "ro":
 		o.ReadOnly = true
 	case "rw":

@@ -37,3 +37,27 @@ func TestKnownOptions(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Options of fstab that are others' business are taken, and those that say when to mount are understood.
+func TestFstabOptions(t *testing.T) {
+	for _, tt := range []struct {
+		options string
+		want    MountOptions
+	}{
+		{"nofail,_netdev,auto,x-mount.mkdir,X-mount.mkdir=0700,x-systemd.idle-timeout=30,x-systemd.requires=a.service", MountOptions{}},
+		{"ro,noauto,nofail", MountOptions{ReadOnly: true, NoAuto: true}},
+		{"noauto,auto", MountOptions{}},
+		{"x-systemd.automount,auto", MountOptions{NoAuto: true}},
+		{"x-systemd.automount", MountOptions{NoAuto: true}},
+	} {
+		got, err := ParseMountOptions([]string{tt.options})
+		if diff := cmp.Diff(tt.want, got); diff != "" || err != nil {
+			t.Errorf("%s: %v\n%s", tt.options, err, diff)
+		}
+	}
+	for _, option := range []string{"nofail=1", "_netdev=x", "noauto=0", "y-systemd"} {
+		if _, err := ParseMountOptions([]string{option}); err == nil {
+			t.Errorf("%s is taken", option)
+		}
+	}
+}
