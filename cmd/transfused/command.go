@@ -26,6 +26,7 @@ func (e *usageError) Unwrap() error { return e.error }
 
 // flags are the options as they are typed; config.go has those of the file.
 type flags struct {
+	root       string // in front of the configuration's directories, for tests
 	config     string
 	pidfile    string
 	server     string
@@ -40,13 +41,20 @@ type flags struct {
 	debug      bool
 }
 
-func newCommand() *cobra.Command {
-	var f flags
+// noSocket is the address of --socket to listen nowhere.
+const noSocket = "none"
+
+// newCommand makes the command; root is that of config.ReadAll.
+func newCommand(root string) *cobra.Command {
+	f := flags{root: root}
 	cmd := &cobra.Command{
 		Use:   "transfused [flags]",
 		Short: "Mount directories of the host in this VM",
 		Long: `transfused mounts directories of the host in this VM, over vsock. It mounts what it is told by --mount, and what
 the host asks for over the socket; it waits for a host that is not there yet.
+
+Its configuration is /etc/transfuse/transfused.toml, or that of /run or /usr/lib, with drop-ins in transfused.toml.d
+beside each, and the systemd credential transfused.toml; --config names one file instead. Flags win.
 
 As root it mounts by itself, as an ordinary user by fusermount3. On SIGTERM and SIGINT it unmounts
 everything and ends; SIGHUP switches debug logging on and off.
@@ -61,11 +69,11 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := f.settings(cmd.Flags().Changed)
+			c, all, err := f.settings(cmd.Flags().Changed)
 			if err != nil {
 				return &usageError{err}
 			}
-			log, err := f.log()
+			log, err := all.log()
 			if err != nil {
 				return &usageError{err}
 			}
@@ -78,7 +86,7 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 			} else if n == 1 {
 				c.Listener = passed.Listeners[0]
 			}
-			return daemon(cmd.Context(), c, log, f.debug)
+			return daemon(cmd.Context(), c, log, all.debug)
 		},
 	}
 	cmd.SetVersionTemplate("transfused {{.Version}}\n")
@@ -101,58 +109,60 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 	fs.StringVarP(&f.fusermount, "fusermount", "f", "", "program that mounts for an ordinary user (default: fusermount3 in the path)")
 	fs.StringVarP(&f.pidfile, "pidfile", "p", "", "file to write the process id to when the host has answered")
 	fs.StringVarP(&f.logfile, "logfile", "l", "", "file to append the log to (default: standard error)")
-	fs.StringVar(&f.config, "config", "", "TOML file with the same settings; flags win")
+	fs.StringVar(&f.config, "config", "", "TOML file with the same settings, read alone; flags win")
 	fs.BoolVar(&f.debug, "debug", false, "log what is useful for finding faults")
 	return cmd
 }
 
 func usageHint(err error) error { return &usageError{fmt.Errorf("%w (transfused --help)", err)} }
 
-// settings merges the configuration file with the flags, which win, and checks the outcome.
-func (f *flags) settings(given func(flag string) bool) (c guest.Config, err error) {
+// settings merges the configuration with the flags, which win, and checks the outcome. It changes nothing, so that the
+// daemon can have it again when it is told to reload. All is f with what the configuration says.
+func (f flags) settings(given func(flag string) bool) (c guest.Config, all flags, err error) {
 	c.Software = "transfused " + version
-	var specs []guest.MountSpec
-	if f.config != "" {
-		if specs, err = f.readConfig(f.config, given); err != nil {
-			return c, err
-		}
+	specs, err := f.readConfig(given)
+	if err != nil {
+		return c, f, err
 	}
 	if given("mount") {
 		specs = nil
 		for _, s := range f.mounts {
 			m, err := guest.ParseMountSpec(s)
 			if err != nil {
-				return c, fmt.Errorf("--mount: %w", err)
+				return c, f, fmt.Errorf("--mount: %w", err)
 			}
 			specs = append(specs, m)
 		}
 	}
 	c.Mounts = specs
 	if c.Server, err = transport.Parse(f.server); err != nil {
-		return c, fmt.Errorf("server: %w", err)
+		return c, f, fmt.Errorf("server: %w", err)
 	}
-	if f.socket != "none" {
+	if f.socket != noSocket {
 		if c.Socket, err = transport.Parse(f.socket); err != nil {
-			return c, fmt.Errorf("socket: %w", err)
+			return c, f, fmt.Errorf("socket: %w", err)
 		}
 	}
 	if f.tokenFile != "" {
-		if c.Token, err = config.Token(f.tokenFile); err != nil {
-			return c, err
-		}
+		c.Token, err = config.Token(f.tokenFile)
+	} else if !given("token-file") {
+		c.Token, err = config.CredentialToken(f.root, "transfused")
+	}
+	if err != nil {
+		return c, f, err
 	}
 	c.MountRoots, c.Fusermount = f.mountRoots, f.fusermount
 	c.AllowSuid, c.AllowDev = f.allowSuid, f.allowDev
 	if f.pidfile != "" {
 		if c.Pidfile, err = filepath.Abs(f.pidfile); err != nil {
-			return c, fmt.Errorf("pidfile: %w", err)
+			return c, f, fmt.Errorf("pidfile: %w", err)
 		}
 		// It is written much later, when nobody looks any more.
 		if _, err := os.Stat(filepath.Dir(c.Pidfile)); err != nil {
-			return c, fmt.Errorf("pidfile: %w", config.Reason(err))
+			return c, f, fmt.Errorf("pidfile: %w", config.Reason(err))
 		}
 	}
-	return c, c.Check()
+	return c, f, c.Check()
 }
 
 // log opens what the log is written to until this process ends.

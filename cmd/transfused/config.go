@@ -3,11 +3,14 @@
 package main
 
 import (
+	"fmt"
+	"maps"
+	"path/filepath"
 	"slices"
-	"strings"
 
 	"transfused.org/transfused/service/config"
 	"transfused.org/transfused/service/guest"
+	"transfused.org/transfused/service/transport"
 )
 
 // file is the configuration file: the flags' long names, and a table for each mount.
@@ -32,34 +35,84 @@ type mountFile struct {
 	Options []string `toml:"options"`
 }
 
-// readConfig puts what the file says into the flags that were not given, and returns the mounts it asks for.
-func (f *flags) readConfig(name string, given func(flag string) bool) ([]guest.MountSpec, error) {
-	var c file
-	if _, err := config.Read(name, &c); err != nil {
+// readConfig puts what the configuration says into the flags that were not given, and returns the mounts it asks for.
+func (f *flags) readConfig(given func(flag string) bool) ([]guest.MountSpec, error) {
+	var v file
+	var c *config.Config
+	var err error
+	if f.config != "" {
+		c, err = config.Read(f.config, &v)
+	} else {
+		c, err = config.ReadAll(f.root, config.Guest, &v)
+	}
+	if err != nil {
 		return nil, err
 	}
-	set(given("server"), &f.server, c.Server)
-	set(given("socket"), &f.socket, c.Socket)
-	set(given("allow-suid"), &f.allowSuid, c.AllowSuid)
-	set(given("allow-dev"), &f.allowDev, c.AllowDev)
-	set(given("token-file"), &f.tokenFile, c.TokenFile)
-	set(given("fusermount"), &f.fusermount, c.Fusermount)
-	set(given("pidfile"), &f.pidfile, c.Pidfile)
-	set(given("logfile"), &f.logfile, c.Logfile)
-	set(given("debug"), &f.debug, c.Debug)
+	set(given("server"), &f.server, v.Server)
+	set(given("socket"), &f.socket, v.Socket)
+	set(given("allow-suid"), &f.allowSuid, v.AllowSuid)
+	set(given("allow-dev"), &f.allowDev, v.AllowDev)
+	set(given("token-file"), &f.tokenFile, v.TokenFile)
+	set(given("fusermount"), &f.fusermount, v.Fusermount)
+	set(given("pidfile"), &f.pidfile, v.Pidfile)
+	set(given("logfile"), &f.logfile, v.Logfile)
+	set(given("debug"), &f.debug, v.Debug)
 	if !given("mount-root") {
-		f.mountRoots = c.MountRoot
+		f.mountRoots = v.MountRoot
+	}
+	if v.Server != nil {
+		if _, err := transport.Parse(*v.Server); err != nil {
+			return nil, fmt.Errorf("%s: server: %w", c.At("server"), err)
+		}
+	}
+	if v.Socket != nil && *v.Socket != noSocket {
+		if _, err := transport.Parse(*v.Socket); err != nil {
+			return nil, fmt.Errorf("%s: socket: %w", c.At("socket"), err)
+		}
+	}
+	ms, err := mountsOf(c, v.Mount)
+	if err != nil {
+		return nil, err
 	}
 	var specs []guest.MountSpec
-	for name, m := range c.Mount {
-		spec := guest.MountSpec{Tag: m.Tag, Dir: m.Dir, Options: m.Options}
-		if spec.Tag == "" {
-			spec.Tag = name
-		}
-		specs = append(specs, spec)
+	for _, m := range ms {
+		specs = append(specs, m.MountSpec)
 	}
-	slices.SortFunc(specs, func(a, b guest.MountSpec) int { return strings.Compare(a.Dir, b.Dir) })
 	return specs, nil
+}
+
+// configuredMount is a mount of the configuration.
+type configuredMount struct {
+	guest.MountSpec
+	name string // of its table
+	path string // the file that says where it is
+}
+
+// mountsOf returns the mounts of the tables [mount.NAME] of c, by their names.
+func mountsOf(c *config.Config, tables map[string]mountFile) ([]configuredMount, error) {
+	var ms []configuredMount
+	dirs := map[string]string{}
+	for _, name := range slices.Sorted(maps.Keys(tables)) {
+		t := tables[name]
+		m := configuredMount{guest.MountSpec{Tag: t.Tag, Dir: t.Dir, Options: t.Options}, name, c.Path("mount", name, "dir")}
+		if m.Tag == "" {
+			m.Tag = name
+		}
+		if err := m.Check(); err != nil {
+			key := "dir"
+			if _, bad := guest.ParseMountOptions(m.Options); bad != nil {
+				key = "options"
+			}
+			return nil, fmt.Errorf("%s: %w", c.At("mount", name, key), err)
+		}
+		dir := filepath.Clean(m.Dir)
+		if other, ok := dirs[dir]; ok {
+			return nil, fmt.Errorf("%s: mount %s: mount point %s is also that of %s: give each a directory of its own", c.At("mount", name, "dir"), name, dir, other)
+		}
+		dirs[dir] = name
+		ms = append(ms, m)
+	}
+	return ms, nil
 }
 
 func set[T any](given bool, to *T, from *T) {

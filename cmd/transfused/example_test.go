@@ -20,7 +20,7 @@ const example = "../../packaging/transfused.toml"
 func TestExampleConfig(t *testing.T) {
 	none := func(string) bool { return false }
 	f := flags{config: example, server: guest.DefaultServer, socket: guest.DefaultSocket}
-	c, err := f.settings(none)
+	c, _, err := f.settings(none)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +38,7 @@ func TestExampleConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	f = flags{config: name}
-	if c.Mounts, err = f.readConfig(name, none); err != nil {
+	if c.Mounts, err = f.readConfig(none); err != nil {
 		t.Fatal(err)
 	}
 	if c.Server, err = transport.Parse(f.server); err != nil {
@@ -76,7 +76,7 @@ func TestReadmeCommands(t *testing.T) {
 			continue
 		}
 		found++
-		cmd := newCommand()
+		cmd := newCommand(t.TempDir())
 		if err := cmd.ParseFlags(args[1:]); err != nil {
 			t.Errorf("%s: %v", line, err)
 			continue

@@ -23,9 +23,10 @@ const (
 	exitUsage   = 2 // of the command line or the configuration
 )
 
-func main() { os.Exit(run()) }
+func main() { os.Exit(run("")) }
 
-func run() int {
+// run is the program, with the configuration below root.
+func run(root string) int {
 	role, conn, err := ipc.Child()
 	switch {
 	case err != nil:
@@ -34,7 +35,7 @@ func run() int {
 	case role != "":
 		err = fmt.Errorf("role %q is not known", role)
 	default:
-		err = newCommand().ExecuteContext(context.Background())
+		err = newCommand(root).ExecuteContext(context.Background())
 	}
 	if err == nil {
 		return exitOK

@@ -19,9 +19,10 @@ import (
 func TestMain(m *testing.M) {
 	// A helper is this program again, under a name that testscript does not know.
 	if os.Getenv("TRANSFUSE_ROLE") != "" {
-		os.Exit(run())
+		os.Exit(run(""))
 	}
-	testscript.Main(m, map[string]func(){"transfused": main})
+	// The configuration of the machine that tests is none of the tests' business.
+	testscript.Main(m, map[string]func(){"transfused": func() { os.Exit(run(os.Getenv("S"))) }})
 }
 
 func TestScripts(t *testing.T) {
