@@ -17,6 +17,7 @@ import (
 
 // flags are the command line, as far as it was read.
 type flags struct {
+	root      string // in front of the configuration's directories, for tests
 	exports   []host.Export
 	listen    []transport.Addr
 	guests    []host.Guest
@@ -52,7 +53,7 @@ func (f *flags) define(fs *pflag.FlagSet) {
 		g.Mounts = append(g.Mounts, m)
 		return err
 	}), "mount", "have the --guest before it mount `TAG=GUESTDIR[,option…]`; may be repeated")
-	fs.StringVarP(&f.file, "config", "c", "", "read `FILE` first (TOML); flags win")
+	fs.StringVarP(&f.file, "config", "c", "", "read `FILE` alone (TOML), in place of the system's configuration; flags win")
 	fs.StringVar(&f.tokenFile, "token-file", "", "`FILE` with the token that guests prove themselves by, where the transport does not (hybrid vsock)")
 	fs.BoolVar(&f.anyPort, "allow-unprivileged-guests", false, "serve guests' processes that are not root (source ports from 1024 on), or may not be")
 	fs.BoolVar(&f.debug, "debug", false, "log more")
@@ -83,19 +84,18 @@ type configFile struct {
 	} `toml:"guest"`
 }
 
-// config puts file, flags and the sockets that this process was started with together.
+// config puts configuration, flags and the sockets that this process was started with together. It changes nothing, so that
+// the server can have it again when it is told to reload.
 func (f *flags) config(set *pflag.FlagSet, inherited []*transport.Listener) (c host.Config, debug bool, err error) {
-	tokenFile := f.tokenFile
-	if f.file != "" {
-		var file configFile
-		if c, file, err = readConfig(f.file); err != nil {
-			return c, false, err
-		}
-		if !set.Changed("token-file") {
-			tokenFile = file.TokenFile
-		}
-		c.AllowUnprivileged, debug = file.AllowUnprivileged, file.Debug
+	c, file, err := f.readConfig()
+	if err != nil {
+		return c, false, err
 	}
+	tokenFile := f.tokenFile
+	if !set.Changed("token-file") {
+		tokenFile = file.TokenFile
+	}
+	c.AllowUnprivileged, debug = file.AllowUnprivileged, file.Debug
 	if len(f.listen) > 0 {
 		c.Listen = f.listen
 	}
@@ -124,20 +124,28 @@ func (f *flags) config(set *pflag.FlagSet, inherited []*transport.Listener) (c h
 		debug = f.debug
 	}
 	if tokenFile != "" {
-		if c.Token, err = config.Token(tokenFile); err != nil {
-			return c, false, err
-		}
+		c.Token, err = config.Token(tokenFile)
+	} else if !set.Changed("token-file") {
+		c.Token, err = config.CredentialToken(f.root, "transfuse-host")
+	}
+	if err != nil {
+		return c, false, err
 	}
 	return c, debug, c.Check()
 }
 
-// readConfig reads a configuration file.
-func readConfig(path string) (c host.Config, file configFile, err error) {
-	f, err := config.Read(path, &file)
+// readConfig reads the configuration.
+func (f *flags) readConfig() (c host.Config, file configFile, err error) {
+	var read *config.Config
+	if f.file != "" {
+		read, err = config.Read(f.file, &file)
+	} else {
+		read, err = config.ReadAll(f.root, config.Host, &file)
+	}
 	if err != nil {
 		return c, file, err
 	}
-	at := f.At
+	at := read.At
 	c.Listen = file.Listen
 	for _, name := range slices.Sorted(maps.Keys(file.Export)) {
 		e, key, err := exportOf(name, file.Export[name])

@@ -31,9 +31,10 @@ const (
 	exitUsage   = 2 // a flag or the configuration
 )
 
-func main() { os.Exit(run(os.Args[1:])) }
+func main() { os.Exit(run("", os.Args[1:])) }
 
-func run(args []string) int {
+// run is the program, with the configuration below root.
+func run(root string, args []string) int {
 	role, conn, err := ipc.Child()
 	if err == nil && role == host.RoleWorker {
 		err = host.Worker(conn)
@@ -44,7 +45,7 @@ func run(args []string) int {
 		err = fmt.Errorf("role %q is not one of transfuse-host", role)
 	}
 	if err == nil {
-		err = command(args).Execute()
+		err = command(root, args).Execute()
 	}
 	if err == nil {
 		return exitOK
@@ -61,8 +62,9 @@ type runError struct{ error }
 
 func (e *runError) Unwrap() error { return e.error }
 
-func command(args []string) *cobra.Command {
-	f := &flags{}
+// command makes the command; root is that of config.ReadAll.
+func command(root string, args []string) *cobra.Command {
+	f := &flags{root: root}
 	cmd := &cobra.Command{
 		Use:   "transfuse-host --listen ADDR --export TAG=DIR[,option…]",
 		Short: "serve directories of this machine to virtual machines",
@@ -87,8 +89,10 @@ Options of an export (a comma in a directory is written \,):
   xattrmap=GUEST:HOST          rename attributes by prefix; may be repeated
   max-open-files=N, max-inodes=N    bounds of one guest's session
 
-The configuration file (--config) is TOML: listen, token-file, allow-unprivileged-guests and debug,
-tables [export.TAG] with dir and the options above, and tables [guest.NAME] with address and mounts.
+The configuration is TOML: listen, token-file, allow-unprivileged-guests and debug,
+tables [export.TAG] with dir and the options above, and tables [guest.NAME] with address and mounts. It is
+/etc/transfuse/host.toml, or that of /run or /usr/lib, with drop-ins in host.toml.d beside each; --config
+names one file instead.
 Flags win: --listen replaces the file's list; an --export or --guest replaces the one of
 the same tag or address.
 

@@ -24,9 +24,12 @@ import (
 // mainEnv makes the test binary transfuse-host.
 const mainEnv = "TRANSFUSE_TEST_MAIN"
 
+// rootEnv says where its configuration is: that of the machine that tests is none of the tests' business.
+const rootEnv = "TRANSFUSE_TEST_ROOT"
+
 func TestMain(m *testing.M) {
 	if os.Getenv(mainEnv) != "" {
-		os.Exit(run(os.Args[1:]))
+		os.Exit(run(os.Getenv(rootEnv), os.Args[1:]))
 	}
 	os.Exit(m.Run())
 }
@@ -34,7 +37,7 @@ func TestMain(m *testing.M) {
 func program(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", args...)
-	cmd.Env = append(os.Environ(), mainEnv+"=1", "GORACE=atexit_sleep_ms=0")
+	cmd.Env = append(os.Environ(), mainEnv+"=1", rootEnv+"="+t.TempDir(), "GORACE=atexit_sleep_ms=0")
 	return cmd
 }
 
@@ -165,8 +168,8 @@ mounts = ["code=/mnt/code,nosuid"]
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			f := &flags{}
-			cmd := command(nil)
+			f := &flags{root: t.TempDir()}
+			cmd := command("", nil)
 			cmd.ResetFlags()
 			f.define(cmd.Flags())
 			if err := cmd.ParseFlags(append([]string{"--config", path}, c.args...)); err != nil {
@@ -180,6 +183,55 @@ mounts = ["code=/mnt/code,nosuid"]
 				t.Error(diff)
 			}
 		})
+	}
+}
+
+// Without --config the system's files are read, and each time as they are then.
+func TestSystemConfig(t *testing.T) {
+	root := t.TempDir()
+	t.Setenv("CREDENTIALS_DIRECTORY", root)
+	put := func(path, text string) {
+		t.Helper()
+		path = filepath.Join(root, path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("usr/lib/transfuse/host.toml", "listen = [\"unix:/run/a\"]\n[export.code]\ndir = \"/usr\"\nguests = [7, 8]\n")
+	put("transfuse-host.token", "0123456789abcdef\n")
+	f := &flags{root: root}
+	cmd := command("", nil)
+	cmd.ResetFlags()
+	f.define(cmd.Flags())
+	if err := cmd.ParseFlags([]string{"--listen", "unix:/run/b"}); err != nil {
+		t.Fatal(err)
+	}
+	want := host.Config{
+		Listen:  []transport.Addr{{Family: transport.Unix, Path: "/run/b"}},
+		Exports: []host.Export{{Tag: "code", Dir: "/usr", Guests: []host.GuestRule{{CID: 7}, {CID: 8}}}},
+		Token:   []byte("0123456789abcdef"),
+	}
+	check := func() {
+		t.Helper()
+		got, _, err := f.config(cmd.Flags(), nil)
+		if diff := cmp.Diff(want, got); diff != "" || err != nil {
+			t.Error(err, diff)
+		}
+	}
+	check()
+
+	put("etc/transfuse/host.toml.d/1.toml", "[export.code]\nguests = [9]\nro = true\n[export.docs]\ndir = \"/etc\"\n")
+	want.Exports[0].Guests, want.Exports[0].ReadOnly = []host.GuestRule{{CID: 9}}, true
+	want.Exports = append(want.Exports, host.Export{Tag: "docs", Dir: "/etc"})
+	check()
+
+	put("etc/transfuse/host.toml.d/2.toml", "\n[export.code]\nsquash = \"x\"\n")
+	_, _, err := f.config(cmd.Flags(), nil)
+	if err == nil || !strings.Contains(err.Error(), "/etc/transfuse/host.toml.d/2.toml:3: export code: option squash: ") {
+		t.Error(err)
 	}
 }
 

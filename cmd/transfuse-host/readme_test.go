@@ -61,7 +61,7 @@ func TestReadmeCommands(t *testing.T) {
 			continue
 		}
 		found++
-		if err := command(nil).ParseFlags(args[1:]); err != nil {
+		if err := command("", nil).ParseFlags(args[1:]); err != nil {
 			t.Errorf("%s: %v", line, err)
 		}
 	}
@@ -114,7 +114,7 @@ func TestReadmeExports(t *testing.T) {
 	if diff := cmp.Diff(want, slices.Sorted(maps.Keys(names))); diff != "" {
 		t.Errorf("options of ParseExport (-), of README.md (+):\n%s", diff)
 	}
-	help := command(nil).Long
+	help := command("", nil).Long
 	for _, name := range want {
 		if !regexp.MustCompile(`\b` + regexp.QuoteMeta(name) + `\b`).MatchString(help) {
 			t.Errorf("--help does not tell of export option %s", name)
@@ -128,7 +128,7 @@ func TestExampleConfig(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, _, err := readConfig("../../packaging/host.toml")
+	c, _, err := (&flags{file: "../../packaging/host.toml"}).readConfig()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +137,7 @@ func TestExampleConfig(t *testing.T) {
 	}
 
 	all := takeIn(string(b))
-	c, _, err = readConfig(write(t, "all.toml", all, 0o600))
+	c, _, err = (&flags{file: write(t, "all.toml", all, 0o600)}).readConfig()
 	if err != nil {
 		t.Fatal(err)
 	}
