@@ -35,16 +35,19 @@ type mountFile struct {
 	Options []string `toml:"options"`
 }
 
-// readConfig puts what the configuration says into the flags that were not given, and returns the mounts it asks for.
-func (f *flags) readConfig(given func(flag string) bool) ([]guest.MountSpec, error) {
-	var v file
-	var c *config.Config
-	var err error
+// read reads the configuration: the one file that is named, else the system's.
+func (f *flags) read() (v file, c *config.Config, err error) {
 	if f.config != "" {
 		c, err = config.Read(f.config, &v)
 	} else {
 		c, err = config.ReadAll(f.root, config.Guest, &v)
 	}
+	return v, c, err
+}
+
+// readConfig puts what the configuration says into the flags that were not given, and returns the mounts it asks for.
+func (f *flags) readConfig(given func(flag string) bool) ([]guest.MountSpec, error) {
+	v, c, err := f.read()
 	if err != nil {
 		return nil, err
 	}
@@ -71,14 +74,15 @@ func (f *flags) readConfig(given func(flag string) bool) ([]guest.MountSpec, err
 		}
 	}
 	ms, err := mountsOf(c, v.Mount)
-	if err != nil {
-		return nil, err
-	}
+	return specs(ms), err
+}
+
+func specs(ms []configuredMount) []guest.MountSpec {
 	var specs []guest.MountSpec
 	for _, m := range ms {
 		specs = append(specs, m.MountSpec)
 	}
-	return specs, nil
+	return specs
 }
 
 // configuredMount is a mount of the configuration.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"transfused.org/transfused/service/guest"
 	"transfused.org/transfused/service/ipc"
@@ -27,6 +28,9 @@ func main() { os.Exit(run("")) }
 
 // run is the program, with the configuration below root.
 func run(root string) int {
+	if filepath.Base(os.Args[0]) == generatorName {
+		return generator(root, os.Args[1:])
+	}
 	role, conn, err := ipc.Child()
 	switch {
 	case err != nil:

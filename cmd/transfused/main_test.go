@@ -16,7 +16,13 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
+// generatorEnv makes the test binary transfused with the configuration below the directory that it names.
+const generatorEnv = "TRANSFUSED_TEST_GENERATOR"
+
 func TestMain(m *testing.M) {
+	if root := os.Getenv(generatorEnv); root != "" {
+		os.Exit(run(root))
+	}
 	// A helper is this program again, under a name that testscript does not know.
 	if os.Getenv("TRANSFUSE_ROLE") != "" {
 		os.Exit(run(""))
