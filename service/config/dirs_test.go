@@ -248,3 +248,16 @@ func TestCredentialToken(t *testing.T) {
 		})
 	}
 }
+
+// A credential of one line, as the kernel's command line has it.
+func TestOneLine(t *testing.T) {
+	var v settings
+	root := tree(t, map[string]string{system: "mount.code.dir='/a'", etc + ".d/1.toml": "mount = {code = {options = ['ro']}, b = {dir = '/b'}}"})
+	c, err := ReadAll(root, Guest, &v)
+	if err != nil || v.Mount["code"].Dir != "/a" || len(v.Mount["code"].Options) != 1 || v.Mount["b"].Dir != "/b" {
+		t.Errorf("%+v, %v", v, err)
+	}
+	if at := c.At("mount", "code", "dir"); at != root+system+":1" {
+		t.Error(at)
+	}
+}

@@ -15,6 +15,11 @@
 // /usr/lib says, and is overridden by any of /run and /etc. So flags come before /etc, then /run, the credential, /usr/lib.
 // A service's own credential ($CREDENTIALS_DIRECTORY) comes before the system's (/run/credentials/@system).
 //
+// The credential, on the kernel's command line one line of TOML:
+//
+//	qemu … -smbios type=11,value=io.systemd.credential.binary:transfused.toml=$(base64 -w0 transfused.toml)
+//	systemd.set_credential="transfused.toml:mount.code.dir='/mnt/code'"
+//
 // Key by key means: a table, as [mount.NAME] is, is merged with the one of the same name, so that a drop-in can change one
 // key of it. Anything else replaces what was there, also a list. A main file or drop-in that is a link to /dev/null, or
 // empty, masks those of its name in the directories below. With --config FILE that file is read and no other.
@@ -28,5 +33,6 @@
 //     also in what is overridden: what overrides it may go away.
 //   - An unknown key is a mistake: most often it is a known one, misspelt.
 //   - A token that is handed over as a credential, PROGRAM.token, counts where no token file is named.
-//   - transfusectl cat-config needs no more than Cat, which shows files with mistakes too, and Effective.
+//   - transfusectl cat-config needs no more than Cat, which shows files with mistakes too, and ReadAll with a nil v and
+//     Effective for what they come to. What the keys mean stays with the programs.
 package config
