@@ -4,6 +4,7 @@ package guest
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -15,7 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fstest"
-	"transfused.org/transfused/service/transport"
 )
 
 // An event channel has a thread of the helper, which ends without threads, and then everything does.
@@ -33,17 +33,18 @@ func TestEventChannelsAreBounded(t *testing.T) {
 }
 
 func TestMountsAreBounded(t *testing.T) {
-	ours, theirs, err := transport.Pair()
-	if err != nil {
-		t.Fatal(err)
+	d := &Daemon{entries: map[uint64]*entry{}}
+	d.ctx = t.Context()
+	for i := range maxMounts {
+		if _, err := d.want(MountSpec{Tag: "x", Dir: fmt.Sprintf("/mnt/%d", i)}, false); err != nil {
+			t.Fatal(err)
+		}
 	}
-	defer theirs.Close()
-	d := &daemon{standing: maxMounts}
-	if _, err := d.mount(t.Context(), mountAsk{dir: "/mnt/x", conn: ours}); !errors.Is(err, unix.EMFILE) {
+	if _, err := d.want(MountSpec{Tag: "x", Dir: "/mnt/x"}, false); !errors.Is(err, unix.EMFILE) {
 		t.Error(err)
 	}
-	if _, err := theirs.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
-		t.Errorf("its stream: %v", err)
+	if _, err := d.want(MountSpec{Tag: "x", Dir: "/mnt/7/"}, false); !errors.Is(err, unix.EBUSY) {
+		t.Error(err)
 	}
 }
 

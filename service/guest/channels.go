@@ -16,7 +16,7 @@ import (
 )
 
 // keepNotify keeps the notify channel of m, of version 2, until m ends.
-func (d *daemon) keepNotify(m *mount) {
+func (d *Daemon) keepNotify(m *mount) {
 	keepChannel(m.ctx, d.log.With("dir", m.dir), "notify channel", func() error {
 		conn, err := d.open(m.ctx, &wire.NotifyOpen2{SessionID: d.session, Token: d.c.Token, MountID: m.wireID})
 		if err != nil {
@@ -27,7 +27,7 @@ func (d *daemon) keepNotify(m *mount) {
 }
 
 // keepEvents keeps the session's event channel, of version 2, until ctx ends.
-func (d *daemon) keepEvents(ctx context.Context) {
+func (d *Daemon) keepEvents(ctx context.Context) {
 	keepChannel(ctx, d.log, "event channel", func() error {
 		// The helper answers at once; an answer that nobody takes would leave it the thread.
 		a, err := d.helper.call(context.WithoutCancel(ctx), call{Op: opThread})
@@ -81,8 +81,8 @@ func keepChannel(ctx context.Context, log *slog.Logger, what string, serve func(
 }
 
 // passNotify has the helper serve a notify channel of m until it ends.
-func (d *daemon) passNotify(ctx context.Context, m *mount, conn *transport.Conn) error {
-	dev, err := m.pump.Device()
+func (d *Daemon) passNotify(ctx context.Context, m *mount, conn *transport.Conn) error {
+	dev, err := m.dev.dup()
 	if err != nil {
 		conn.Close()
 		return err
@@ -91,7 +91,7 @@ func (d *daemon) passNotify(ctx context.Context, m *mount, conn *transport.Conn)
 }
 
 // pass gives conn, and files after it, to the helper, and waits for its answer. It owns them all.
-func (d *daemon) pass(ctx context.Context, q call, conn *transport.Conn, files ...*os.File) error {
+func (d *Daemon) pass(ctx context.Context, q call, conn *transport.Conn, files ...*os.File) error {
 	f, err := conn.File()
 	conn.Close()
 	if err == nil {

@@ -10,7 +10,9 @@ import (
 	"path/filepath"
 	"strings"
 
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watchdog"
 )
 
 // Defaults of the addresses, those of version 1.
@@ -34,9 +36,15 @@ type Config struct {
 	Software   string       // program and version, for the host's log
 	Log        *slog.Logger `json:"-"`
 
-	Listener *transport.Listener `json:"-"` // one that this process was started with, in place of Socket; Run closes it
-	Ready    func()              `json:"-"` // called once, when the daemon serves; nil: not
-	Status   func(string)        `json:"-"` // called with what is to be known of the daemon, in words, when that changes; must not wait; nil: not
+	Listener *transport.Listener    `json:"-"` // one that this process was started with, in place of Socket; Run closes it
+	Ready    func()                 `json:"-"` // called once, when the daemon serves; nil: not
+	Stay     bool                   `json:"-"` // go on where no mount can be made: others can ask for some
+	Stored   []sd.Stored            `json:"-"` // mounts that an earlier process left in Store; Run owns them
+	Store    Store                  `json:"-"` // where mounts are kept when this process ends; nil: they end with it
+	Leave    func() bool            `json:"-"` // asked at the end: whether mounts are to be left in Store
+	Reload   func() (Config, error) `json:"-"` // reads the configuration again
+	Watchdog *watchdog.Watchdog     `json:"-"` // looks at the daemon's loops; nil: nobody does
+	Status   func(string)           `json:"-"` // called with what is to be known of the daemon, in words, when that changes; must not wait; nil: not
 }
 
 // MountSpec is a mount that the guest asks for.

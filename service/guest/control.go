@@ -16,7 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watchdog"
 	"transfused.org/transfused/service/wire"
 )
 
@@ -39,6 +41,12 @@ type control struct {
 	mu      sync.Mutex // guards the rest
 	lastID  uint32
 	waiting map[uint32]chan wire.Message
+	listed  map[uint32][]wire.ExportInfo // of replies of which more is to come
+}
+
+// keeps says whether the host keeps a mount that has lost its stream.
+func (c *control) keeps() bool {
+	return c.version >= wire.Version2 && c.peer.Features&wire.FeatureKeep != 0
 }
 
 // queued is a message to the host, or a channel to be closed when all before it were written.
@@ -148,8 +156,31 @@ func (c *control) deliver(id uint32, m wire.Message) {
 	}
 }
 
+// maxListed is how many exports one list may have.
+const maxListed = 64 << 10
+
+// exports puts the parts of a list together.
+func (c *control) exports(m *wire.ExportsReply) {
+	c.mu.Lock()
+	wanted := c.waiting[m.ID] != nil
+	if wanted && len(c.listed[m.ID]) < maxListed {
+		if c.listed == nil {
+			c.listed = map[uint32][]wire.ExportInfo{}
+		}
+		c.listed[m.ID] = append(c.listed[m.ID], m.Exports...)
+	}
+	all := c.listed[m.ID]
+	if !m.More || !wanted {
+		delete(c.listed, m.ID)
+	}
+	c.mu.Unlock()
+	if wanted && !m.More {
+		c.deliver(m.ID, &wire.ExportsReply{ID: m.ID, Exports: all})
+	}
+}
+
 // connect dials the host and agrees on a version.
-func (d *daemon) connect(ctx context.Context) (*control, error) {
+func (d *Daemon) connect(ctx context.Context) (*control, error) {
 	if d.host1.known() {
 		return d.connect1(ctx)
 	}
@@ -169,13 +200,13 @@ func (d *daemon) connect(ctx context.Context) (*control, error) {
 // errMaybeV1 says that the host took a long Init as one of version 1 would.
 var errMaybeV1 = errors.New("no answer to Init of version 2")
 
-func (d *daemon) connect2(ctx context.Context) (*control, error) {
+func (d *Daemon) connect2(ctx context.Context) (*control, error) {
 	conn, err := transport.Dial(ctx, d.c.Server)
 	if err != nil {
 		return nil, err
 	}
 	init := &wire.Init{Version: wire.Version2, MinVersion: wire.Version1, MaxMessage: wire.MaxControl, MaxWrite: MaxData,
-		FuseMinor: fuse.Minor, MaxStreams: 1, BootID: d.boot, SessionID: d.session, Token: d.c.Token,
+		FuseMinor: fuse.Minor, MaxStreams: 1, Features: wire.FeatureKeep, BootID: d.boot, SessionID: d.session, Token: d.c.Token,
 		Kernel: kernelRelease(), Software: d.c.Software}
 	if d.listening.Family != 0 {
 		init.Socket = d.listening.String()
@@ -185,6 +216,10 @@ func (d *daemon) connect2(ctx context.Context) (*control, error) {
 	switch m := m.(type) {
 	case *wire.Init:
 		if m.Version == wire.Version2 {
+			if m.Features&^init.Features != 0 {
+				err = fmt.Errorf("%w: the host chose features %#x, which were not offered", wire.ErrProtocol, m.Features)
+				break
+			}
 			return newControl(conn, r, wire.Version2, *m), nil
 		}
 		if m.Version == wire.Version1 {
@@ -205,7 +240,7 @@ func (d *daemon) connect2(ctx context.Context) (*control, error) {
 	return nil, err
 }
 
-func (d *daemon) connect1(ctx context.Context) (*control, error) {
+func (d *Daemon) connect1(ctx context.Context) (*control, error) {
 	conn, err := transport.Dial(ctx, d.c.Server)
 	if err != nil {
 		return nil, err
@@ -249,7 +284,7 @@ func firstAnswer(ctx context.Context, conn *transport.Conn, r *wire.Reader, m wi
 }
 
 // open dials the host for a channel of version 2 and introduces it. The caller owns the connection.
-func (d *daemon) open(ctx context.Context, m wire.Message) (*transport.Conn, error) {
+func (d *Daemon) open(ctx context.Context, m wire.Message) (*transport.Conn, error) {
 	conn, err := transport.Dial(ctx, d.c.Server)
 	if err != nil {
 		return nil, err
@@ -300,10 +335,12 @@ func (b *backoff) wait(ctx context.Context) bool {
 }
 
 // controlLoop keeps the control channel up until ctx ends.
-func (d *daemon) controlLoop(ctx context.Context) {
+func (d *Daemon) controlLoop(ctx context.Context) {
 	var b backoff
 	var last said
+	defer d.c.Watchdog.Add("control channel", &d.loop)()
 	for ctx.Err() == nil {
+		d.loop.Enter(watchdog.WaitPeer) // dialling and waiting for the next time are no more
 		c, err := d.connect(ctx)
 		if err != nil {
 			if ctx.Err() == nil && !last.again(err.Error()) {
@@ -318,7 +355,8 @@ func (d *daemon) controlLoop(ctx context.Context) {
 		b.reset()
 		err = d.session1(ctx, c)
 		if ctx.Err() == nil {
-			d.log.Warn(fmt.Sprintf("the control channel to the host at %s ended: %s", d.c.Server, err))
+			d.log.Warn(fmt.Sprintf("the control channel to the host at %s ended: %s", d.c.Server, err), sd.HostLost.Attr())
+			d.loop.Enter(watchdog.WaitPeer)
 			if !b.wait(ctx) {
 				return
 			}
@@ -327,7 +365,7 @@ func (d *daemon) controlLoop(ctx context.Context) {
 }
 
 // session1 serves one control channel until it ends.
-func (d *daemon) session1(ctx context.Context, c *control) error {
+func (d *Daemon) session1(ctx context.Context, c *control) error {
 	stop := context.AfterFunc(ctx, func() { c.conn.Shutdown() })
 	defer stop()
 	var wg sync.WaitGroup
@@ -346,9 +384,11 @@ func (d *daemon) session1(ctx context.Context, c *control) error {
 	return err
 }
 
-func (d *daemon) readControl(ctx context.Context, c *control, wg *sync.WaitGroup) error {
+func (d *Daemon) readControl(ctx context.Context, c *control, wg *sync.WaitGroup) error {
 	for {
+		d.loop.Enter(watchdog.WaitPeer)
 		t, body, err := c.reader.Next()
+		d.loop.Enter(watchdog.Running)
 		if errors.Is(err, io.EOF) {
 			return errors.New("the host closed it")
 		}
@@ -371,14 +411,16 @@ func (d *daemon) readControl(ctx context.Context, c *control, wg *sync.WaitGroup
 			c.send(&wire.Alive{ID: m.ID})
 		case *wire.MountReply:
 			c.deliver(m.ID, m)
+		case *wire.ExportsReply:
+			c.exports(m)
 		case *wire.MountAsk:
 			d.limited(wg, func() { d.mountAsked(ctx, c, m) })
 		case *wire.UnmountAsk:
 			d.limited(wg, func() { d.unmountAsked(ctx, c, m) })
 		case *wire.Refused:
 			return fmt.Errorf("the host says: %w", &refusal{m.Errno, m.Text})
-		case *wire.Alive, *wire.ExportsReply:
-			// Answers to what is not asked: harmless.
+		case *wire.Alive:
+			// An answer to what is not asked: harmless.
 		default:
 			return fmt.Errorf("%w: %T on the control channel", wire.ErrProtocol, m)
 		}
@@ -386,15 +428,17 @@ func (d *daemon) readControl(ctx context.Context, c *control, wg *sync.WaitGroup
 }
 
 // limited runs f, of which a host may have so many at once; the channel is not read while there are more.
-func (d *daemon) limited(wg *sync.WaitGroup, f func()) {
+func (d *Daemon) limited(wg *sync.WaitGroup, f func()) {
+	d.loop.Enter(watchdog.WaitPeer) // what it waits for waits for the host
 	d.asks <- struct{}{}
+	d.loop.Enter(watchdog.Running)
 	wg.Go(func() {
 		defer func() { <-d.asks }()
 		f()
 	})
 }
 
-func (d *daemon) suitability(ctx context.Context, c *control, m *wire.SuitabilityRequest) {
+func (d *Daemon) suitability(ctx context.Context, c *control, m *wire.SuitabilityRequest) {
 	a, err := d.helper.call(ctx, call{Op: opSuit, Paths: m.Paths, Export: m.Export})
 	if err != nil {
 		c.send(&wire.ErrorReply{ID: m.ID, Text: "suitability: " + err.Error()})
@@ -403,16 +447,16 @@ func (d *daemon) suitability(ctx context.Context, c *control, m *wire.Suitabilit
 	c.send(&wire.SuitabilityReply{ID: m.ID, Paths: a.Paths})
 }
 
-func (d *daemon) perfstat(m *wire.PerfstatRequest) wire.Message {
-	mnt := d.mountAtDir(m.Dir)
-	if mnt == nil {
+func (d *Daemon) perfstat(m *wire.PerfstatRequest) wire.Message {
+	p := d.pumpAt(m.Dir)
+	if p == nil {
 		return &wire.ErrorReply{ID: m.ID, Text: fmt.Sprintf("perfstat: nothing of this host is mounted at %q", m.Dir)}
 	}
 	r := &wire.PerfstatReply{ID: m.ID, Now: monotonic()}
 	if m.Stop {
-		r.Entries = mnt.pump.stopPerf()
+		r.Entries = p.stopPerf()
 	} else {
-		mnt.pump.startPerf()
+		p.startPerf()
 	}
 	return r
 }

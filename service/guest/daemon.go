@@ -14,7 +14,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"transfused.org/transfused/service/api"
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watchdog"
 	"transfused.org/transfused/service/wire"
 )
 
@@ -27,8 +30,8 @@ const maxMounts = 1024
 // goodbyeTime is how long the host has to read what it is told at the end.
 const goodbyeTime = 2 * time.Second
 
-// daemon is one running guest daemon.
-type daemon struct {
+// Daemon is one guest daemon. It implements api.Guest.
+type Daemon struct {
 	c         Config
 	log       *slog.Logger
 	ctx       context.Context // ends when the daemon is told to
@@ -42,31 +45,35 @@ type daemon struct {
 	asks      chan struct{}
 	ready     sync.Once
 	wg        sync.WaitGroup // mounts, and what serves them
+	keepers   sync.WaitGroup // who waits for mounts
+	loop      watchdog.Loop  // the control channel's
+	reloading sync.Mutex     // serializes Reload
 
 	mu       sync.Mutex // guards the rest
 	upOrNot  chan struct{}
+	entries  map[uint64]*entry
 	mounts   map[uint64]*mount
-	lastKey  uint64
-	standing int // mounts, and those that are being made
+	lastID   uint64
+	watchers map[*watcher]bool
 	ending   bool
+	leaving  bool
 	stale    []string // mounts that a helper which ended could not take away
 }
 
-// Run is the daemon. It serves until ctx ends, and then unmounts everything, ends its helper and returns nil. It
-// returns an error where it can't begin, where none of the mounts that it was to make can be made, or when its helper
-// process has ended. The program's main must hand the role HelperRole to Helper.
-func Run(ctx context.Context, c Config) error {
+var _ api.Guest = (*Daemon)(nil)
+
+// New makes a daemon that runs by Run. A mistake in c is an error.
+func New(c Config) (*Daemon, error) {
 	if err := c.Check(); err != nil {
-		return err
+		return nil, err
 	}
-	transport.PrepareBlocking()
 	roots, err := cleanRoots(c.MountRoots)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if len(c.Mounts) > 0 && os.Geteuid() != 0 {
 		if _, err := findFusermount(c.Fusermount); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	if c.StateDir == "" {
@@ -75,15 +82,34 @@ func Run(ctx context.Context, c Config) error {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	d := &daemon{c: c, roots: roots, boot: bootID(), asks: make(chan struct{}, maxAsks),
-		mounts: make(map[uint64]*mount), upOrNot: make(chan struct{})}
+	if c.Watchdog == nil {
+		c.Watchdog = &watchdog.Watchdog{}
+	}
+	d := &Daemon{c: c, roots: roots, boot: bootID(), asks: make(chan struct{}, maxAsks),
+		entries: make(map[uint64]*entry), mounts: make(map[uint64]*mount), watchers: make(map[*watcher]bool), upOrNot: make(chan struct{})}
 	d.log = slog.New(&relay{Handler: c.Log.Handler(), to: &d.control})
 	d.host1 = newHost1(c.StateDir, c.Server, d.boot)
 	rand.Read(d.session[:]) // never fails
+	return d, nil
+}
 
-	ln := c.Listener
-	if ln == nil && c.Socket.Family != 0 {
-		if ln, err = transport.Listen(c.Socket); err != nil {
+// Run makes a daemon and runs it.
+func Run(ctx context.Context, c Config) error {
+	d, err := New(c)
+	if err != nil {
+		return err
+	}
+	return d.Run(ctx)
+}
+
+// Run is the daemon. It serves until ctx ends, and then unmounts everything, or leaves it to the next process, ends its helper and returns nil. It
+// returns an error where it can't begin, where none of the mounts that it was to make can be made, or when its helper
+// process has ended. It is called once. Config.Ready is called when the other methods may be. The program's main must hand the role HelperRole to Helper.
+func (d *Daemon) Run(ctx context.Context) (err error) {
+	transport.PrepareBlocking()
+	ln := d.c.Listener
+	if ln == nil && d.c.Socket.Family != 0 {
+		if ln, err = transport.Listen(d.c.Socket); err != nil {
 			return err
 		}
 	}
@@ -94,7 +120,7 @@ func Run(ctx context.Context, c Config) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	d.ctx = ctx
-	d.helper, err = startHelper(roots, c.Fusermount, func(s string) { d.log.Warn(s) }, d.pong)
+	d.helper, err = startHelper(d.roots, d.c.Fusermount, func(s string) { d.log.Warn(s) }, d.pong)
 	if err != nil {
 		return err
 	}
@@ -110,30 +136,36 @@ func Run(ctx context.Context, c Config) error {
 }
 
 // serve starts everything, waits for the end, and ends everything in the order that lets mounts write back.
-func (d *daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *transport.Listener) error {
+func (d *Daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *transport.Listener) error {
 	// The control channel outlives ctx: unmounting tells the host.
 	cctx, endControl := context.WithCancel(context.WithoutCancel(ctx))
 	defer endControl()
+	d.takeUp()
 	var channels, askers sync.WaitGroup
 	channels.Go(func() { d.controlLoop(cctx) })
 	if ln != nil {
 		askers.Go(func() { d.acceptLoop(ctx, ln) })
 	}
+	d.keepAll(cancel, ln != nil)
 	if d.c.Ready != nil {
 		d.c.Ready()
 	}
 	d.tell()
-	d.keepAll(ctx, cancel, &askers, ln != nil)
 
 	<-ctx.Done()
 	if ln != nil {
 		ln.Close()
 	}
+	leave := d.c.Store != nil && (errors.Is(context.Cause(ctx), errHelperEnded) || d.c.Leave != nil && d.c.Leave())
 	d.mu.Lock()
-	d.ending = true
+	d.ending, d.leaving = true, leave
 	var left []*mount
 	for _, m := range d.mounts {
-		left = append(left, m)
+		if leave && m.recordFile != nil {
+			m.leave()
+		} else {
+			left = append(left, m)
+		}
 	}
 	d.mu.Unlock()
 	var unmounts sync.WaitGroup
@@ -144,6 +176,7 @@ func (d *daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *
 	// A host that does not read must not keep this waiting for room to tell it something.
 	defer time.AfterFunc(goodbyeTime, endControl).Stop()
 	askers.Wait()
+	d.keepers.Wait()
 	if c := d.control.Load(); c != nil {
 		c.flush()
 	}
@@ -163,7 +196,7 @@ func (d *daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *
 }
 
 // detachStale has a new helper take away what the one that ended left. Nobody serves these mounts any more, so nothing waits.
-func (d *daemon) detachStale() {
+func (d *Daemon) detachStale() {
 	if len(d.stale) == 0 {
 		return
 	}
@@ -183,41 +216,35 @@ func (d *daemon) detachStale() {
 }
 
 // keepAll keeps the configured mounts. When none of them can be made and nobody can ask for others, the daemon ends.
-func (d *daemon) keepAll(ctx context.Context, cancel context.CancelCauseFunc, wg *sync.WaitGroup, listens bool) {
+func (d *Daemon) keepAll(cancel context.CancelCauseFunc, listens bool) {
 	var (
 		mu     sync.Mutex
 		failed int
 	)
-	for _, spec := range d.c.Mounts {
-		wg.Go(func() {
-			err := d.keepMounted(ctx, spec)
-			if err == nil {
-				return
-			}
-			mu.Lock()
-			failed++
-			last := failed == len(d.c.Mounts)
-			mu.Unlock()
-			if last && !(listens && d.host1.known()) {
-				cancel(err)
-				return
-			}
-			d.warn(err)
-		})
-	}
+	d.apply(d.c.Mounts, func(err error) {
+		mu.Lock()
+		failed++
+		last := failed == len(d.c.Mounts)
+		mu.Unlock()
+		if last && !d.c.Stay && !(listens && d.host1.known()) {
+			cancel(err)
+			return
+		}
+		d.warn(err)
+	})
 }
 
 // warn logs err. What the host itself said it does not hear again.
-func (d *daemon) warn(err error) {
+func (d *Daemon) warn(err error) {
 	log := d.log
 	if errors.As(err, new(*refusal)) {
 		log = d.c.Log
 	}
-	log.Warn(err.Error())
+	log.Warn(err.Error(), sd.MountFailed.Attr())
 }
 
 // up makes c the control channel, and tells who waits for one.
-func (d *daemon) up(c *control) {
+func (d *Daemon) up(c *control) {
 	d.ready.Do(func() {
 		if d.c.Pidfile == "" {
 			return
@@ -227,7 +254,7 @@ func (d *daemon) up(c *control) {
 		}
 	})
 	d.control.Store(c)
-	d.log.Info(fmt.Sprintf("connected to the host at %s", d.c.Server), "version", c.version)
+	d.log.Info(fmt.Sprintf("connected to the host at %s", d.c.Server), "version", c.version, sd.HostConnected.Attr())
 	d.mu.Lock()
 	close(d.upOrNot)
 	d.upOrNot = make(chan struct{})
@@ -235,33 +262,48 @@ func (d *daemon) up(c *control) {
 	d.tell()
 }
 
-func (d *daemon) down(c *control) {
+func (d *Daemon) down(c *control) {
 	if d.control.CompareAndSwap(c, nil) {
 		d.tell()
 	}
 }
 
 // tell tells how the daemon does.
-func (d *daemon) tell() {
-	if d.c.Status == nil {
-		return
-	}
+func (d *Daemon) tell() {
 	d.mu.Lock() // also so that what is told last is the latest
 	defer d.mu.Unlock()
+	for w := range d.watchers {
+		w.put(api.Change{Kind: api.StatusChanged})
+	}
+	if d.c.Status != nil {
+		d.c.Status(d.textLocked())
+	}
+}
+
+// textLocked is how the daemon does, in words. Precondition: d.mu is held.
+func (d *Daemon) textLocked() string {
 	n := len(d.mounts)
 	mounts := fmt.Sprintf("%d mounts", n)
 	if n == 1 {
 		mounts = "1 mount"
 	}
-	status := fmt.Sprintf("%s, waiting for the host at %s", mounts, d.c.Server)
-	if c := d.control.Load(); c != nil {
-		status = fmt.Sprintf("%s, host connected, protocol %d", mounts, c.version)
+	failed := 0
+	for _, e := range d.entries {
+		if e.state == api.Failed {
+			failed++
+		}
 	}
-	d.c.Status(status)
+	if failed > 0 {
+		mounts += fmt.Sprintf(", %d failed", failed)
+	}
+	if c := d.control.Load(); c != nil {
+		return fmt.Sprintf("%s, host connected, protocol %d", mounts, c.version)
+	}
+	return fmt.Sprintf("%s, waiting for the host at %s", mounts, d.c.Server)
 }
 
 // waitControl waits for a control channel that is up; nil when ctx ends.
-func (d *daemon) waitControl(ctx context.Context) *control {
+func (d *Daemon) waitControl(ctx context.Context) *control {
 	for {
 		d.mu.Lock()
 		changed := d.upOrNot
@@ -281,7 +323,7 @@ func (d *daemon) waitControl(ctx context.Context) *control {
 }
 
 // pong answers an event of version 1 that asks for it.
-func (d *daemon) pong() {
+func (d *Daemon) pong() {
 	if c := d.control.Load(); c != nil {
 		c.offer(&wire.Pong{}) // it is the helper's reader who calls: it must not wait for the host
 	}

@@ -257,7 +257,7 @@ func parentOf(root int, rel string) (int, string, error) {
 // detached clone that is not (its superblock is writable), and inotify fires on the inode, which both have.
 func (m *helperMount) actingRoot() (int, error) {
 	root, err := m.point.root()
-	if err != nil || !m.readOnly {
+	if err != nil || !m.readOnly.Load() {
 		return root, err
 	}
 	defer unix.Close(root)

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -29,8 +30,11 @@ const HelperRole = "helper"
 // Operations of a call.
 const (
 	opSetup   = "setup"   // Roots, Fusermount
-	opMount   = "mount"   // Key, Dir, Options, WireID; answers with the device
-	opUnmount = "unmount" // Key, Force
+	opMount   = "mount"   // Key, Dir (empty: nowhere), Inode, Options, WireID, Keep; answers with the device, and the mount if it is nowhere
+	opAttach  = "attach"  // Key: it is seen at Dir from now on; answers with Mount
+	opAdopt   = "adopt"   // Key, Dir, Options, WireID, Mount: one that an earlier process made
+	opRemount = "remount" // Key, Options.ReadOnly
+	opUnmount = "unmount" // Key, How
 	opForget  = "forget"  // Key: it is unmounted, or, with Force, is to be
 	opSuit    = "suit"    // Paths, Export; answers with Paths
 	opStale   = "stale"   // Dir: take away what a helper before this one left there
@@ -48,6 +52,10 @@ type call struct {
 	Dir        string `json:",omitempty"`
 	Options    MountOptions
 	WireID     uint32   `json:",omitempty"` // MountID of version 2
+	Inode      inode    // that Dir must be; zero: any
+	Keep       bool     `json:",omitempty"` // it stays when the daemon has ended: another will take it up
+	Mount      mountID  // as the kernel knows it
+	How        int      `json:",omitempty"` // howBusy, howDetach or howForce
 	Force      bool     `json:",omitempty"`
 	Paths      []string `json:",omitempty"`
 	Export     bool     `json:",omitempty"`
@@ -64,8 +72,9 @@ type report struct {
 	Error  string     `json:",omitempty"`
 	Paths  []string   `json:",omitempty"`
 	Thread int        `json:",omitempty"`
-	Log    string     `json:",omitempty"`
-	Pong   bool       `json:",omitempty"`
+	Mount  mountID
+	Log    string `json:",omitempty"`
+	Pong   bool   `json:",omitempty"`
 }
 
 // helperServer is the helper process: it makes every call that looks at paths or may wait for a mount.
@@ -82,14 +91,17 @@ type helperServer struct {
 }
 
 type helperMount struct {
-	point    *point
+	point    *point   // nil: it is in another mount namespace, or was moved; it can't be reached from here
+	target   *os.File // and mnt: until it is attached
+	mnt      *os.File
+	keep     bool
 	notify   io.Closer // the notify channel, when it is there; guarded by helperServer.mu
 	wireID   uint32
-	readOnly bool
+	readOnly atomic.Bool
 }
 
 // Helper is the main of the helper process. It returns when the daemon has ended; a daemon that was killed leaves its
-// mounts, which are then detached here.
+// mounts, which are then detached here, unless another daemon will take them up.
 func Helper(c *ipc.Conn) error {
 	// A terminal and systemd signal all processes of the daemon; the daemon still needs this one to unmount.
 	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
@@ -110,18 +122,18 @@ func Helper(c *ipc.Conn) error {
 		}
 		// Each in its own goroutine: one that waits for a dead mount stops no other.
 		go func() {
-			r, dev, err := h.serve(q, files)
+			r, made, err := h.serve(q, files)
 			if err != nil {
 				r.Error, r.Errno = err.Error(), errnoFor(err)
 			}
 			r.ID = q.ID
-			if dev != nil {
+			if made != nil {
 				r.Key = q.Key
-				h.send(r, dev)
-				dev.Close()
-				return
 			}
-			h.send(r)
+			h.send(r, made...)
+			for _, f := range made {
+				f.Close()
+			}
 		}()
 	}
 }
@@ -134,7 +146,7 @@ func (h *helperServer) logf(format string, args ...any) {
 }
 
 // serve answers one call. It owns files.
-func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, err error) {
+func (h *helperServer) serve(q call, files []*os.File) (r report, made []*os.File, err error) {
 	want := map[string]int{opEvents1: 1, opEvents2: 1, opNotify: 2}[q.Op]
 	if len(files) != want && (q.Op != opEvents2 || len(files) != 0) {
 		for _, f := range files {
@@ -144,19 +156,25 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 	}
 	switch q.Op {
 	case opMount:
-		dev, err = h.mount(q)
+		made, err = h.mount(q)
+	case opAttach:
+		r.Mount, err = h.attach(q)
+	case opAdopt:
+		err = h.adopt(q)
+	case opRemount:
+		err = h.remount(q)
 	case opUnmount:
-		if m := h.take(q.Key, false); m != nil {
-			err = m.point.unmount(h.fusermount, q.Force)
+		if m := h.take(q.Key, false); m != nil && m.point != nil {
+			err = m.point.unmount(h.fusermount, q.How)
 		}
 	case opForget:
 		if m := h.take(q.Key, true); m != nil {
-			if q.Force {
-				if err := m.point.unmount(h.fusermount, true); err != nil {
+			if q.Force && m.point != nil {
+				if err := m.point.unmount(h.fusermount, howForce); err != nil {
 					h.logf("detach %s: %s", m.point.dir, err) // nobody waits for the answer
 				}
 			}
-			m.point.close()
+			m.close()
 			if m.notify != nil {
 				m.notify.Close() // it holds the device
 			}
@@ -210,7 +228,7 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, dev *os.File, 
 	default:
 		err = fmt.Errorf("operation %q: %w", q.Op, unix.ENOSYS)
 	}
-	return r, dev, err
+	return r, made, err
 }
 
 // suit returns which of paths suit.
@@ -233,40 +251,147 @@ func (h *helperServer) suit(paths []string, export bool) (good []string, err err
 	return good, nil
 }
 
-func (h *helperServer) mount(q call) (*os.File, error) {
-	point, target, err := preparePoint(q.Dir, h.roots)
-	if err != nil {
-		return nil, err
+// mount makes a mount. Where the kernel is asked directly it is nowhere until attach.
+func (h *helperServer) mount(q call) (made []*os.File, err error) {
+	m := &helperMount{wireID: q.WireID, keep: q.Keep}
+	m.readOnly.Store(q.Options.ReadOnly)
+	defer func() {
+		if err != nil {
+			m.close()
+			for _, f := range made {
+				f.Close()
+			}
+			made = nil
+		}
+	}()
+	if q.Dir != "" {
+		if m.point, m.target, err = preparePoint(q.Dir, h.roots); err != nil {
+			return nil, err
+		}
+		if !q.Inode.is(m.target) {
+			return nil, fmt.Errorf("mount point %s: %w: it leads to another directory now", q.Dir, unix.ESTALE)
+		}
 	}
-	defer target.Close()
 	var dev *os.File
 	if os.Geteuid() == 0 {
-		dev, err = mountAt(int(target.Fd()), q.Options)
+		dev, m.mnt, err = makeMount(q.Options)
+	} else if q.Dir == "" {
+		err = fmt.Errorf("only root can mount in another namespace: %w", unix.EPERM)
 	} else {
 		var prog string
 		if prog, err = findFusermount(h.fusermount); err == nil {
-			dev, err = MountUser(prog, point.dir, q.Options)
+			dev, err = MountUser(prog, m.point.dir, q.Options)
 		}
 	}
 	if err != nil {
-		point.close()
-		return nil, fmt.Errorf("mount %s: %w", point.dir, err)
+		return nil, fmt.Errorf("mount %s: %w", q.Dir, err)
 	}
-	root, err := openat2(int(point.parent.Fd()), point.name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|noLinks)
-	if err == nil {
-		raiseReadAhead(root)
-		point.id, err = mountIDOf(root)
-		unix.Close(root)
+	made = []*os.File{dev}
+	if m.mnt == nil {
+		err = m.point.look()
+	} else {
+		raiseReadAhead(int(m.mnt.Fd()))
+		if m.point != nil {
+			m.point.id, err = mountIDOf(int(m.mnt.Fd()))
+		} else {
+			made = append(made, m.mnt)
+			m.mnt = nil
+		}
 	}
 	if err != nil {
-		dev.Close()
-		point.close()
-		return nil, fmt.Errorf("mount %s: look at it: %w", point.dir, err)
+		return made, fmt.Errorf("mount %s: look at it: %w", q.Dir, err)
 	}
 	h.mu.Lock()
-	h.mounts[q.Key] = &helperMount{point: point, wireID: q.WireID, readOnly: q.Options.ReadOnly}
+	h.mounts[q.Key] = m
 	h.mu.Unlock()
-	return dev, nil
+	return made, nil
+}
+
+// attach lets the mount be seen.
+func (h *helperServer) attach(q call) (mountID, error) {
+	h.mu.Lock()
+	m := h.mounts[q.Key]
+	var mnt, target *os.File
+	if m != nil {
+		mnt, target, m.mnt, m.target = m.mnt, m.target, nil, nil
+	}
+	h.mu.Unlock()
+	if m == nil || m.point == nil {
+		return mountID{}, nil // it has ended, or is for another namespace
+	}
+	defer target.Close()
+	if mnt == nil {
+		return m.point.id, nil // fusermount3 did it
+	}
+	defer mnt.Close()
+	if err := attach(mnt, int(target.Fd())); err != nil {
+		return mountID{}, fmt.Errorf("mount %s: %w", m.point.dir, err)
+	}
+	return m.point.id, nil
+}
+
+// adopt takes over a mount of an earlier process, if it is where it was. If not it goes on all the same, but can't be reached.
+func (h *helperServer) adopt(q call) error {
+	m := &helperMount{wireID: q.WireID, keep: q.Keep}
+	m.readOnly.Store(q.Options.ReadOnly)
+	var p *point
+	var err error
+	if q.Dir != "" { // else it is in another namespace
+		p, err = holdPoint(q.Dir)
+	}
+	if p != nil {
+		p.id = q.Mount
+		var fd int
+		if fd, err = p.root(); err == nil {
+			unix.Close(fd)
+			m.point = p
+		} else {
+			p.close()
+		}
+	}
+	h.mu.Lock()
+	h.mounts[q.Key] = m
+	h.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("the mount is no longer at %s: %w", q.Dir, err)
+	}
+	return nil
+}
+
+// remount makes the mount, not the superblock, read-only or writable.
+func (h *helperServer) remount(q call) error {
+	m := h.take(q.Key, false)
+	if m == nil || m.point == nil {
+		return fmt.Errorf("the mount can't be reached from here: %w", unix.ENOENT)
+	}
+	m.point.mu.RLock()
+	defer m.point.mu.RUnlock()
+	fd, err := m.point.root()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	attr := unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
+	if q.Options.ReadOnly {
+		attr = unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+	}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return fmt.Errorf("remount %s: %w", m.point.dir, err)
+	}
+	m.readOnly.Store(q.Options.ReadOnly)
+	return nil
+}
+
+// close lets go of what m holds; the mount itself stays.
+func (m *helperMount) close() {
+	for _, f := range []*os.File{m.target, m.mnt} {
+		if f != nil {
+			f.Close()
+		}
+	}
+	if m.point != nil {
+		m.point.close()
+	}
 }
 
 // readAheadKiB is how far the kernel reads ahead in a file that is read in order: two READs of the largest size, so that
@@ -299,7 +424,7 @@ func (h *helperServer) mountOf(path string) (m *helperMount, rel string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, c := range h.mounts {
-		if (path == c.point.dir || strings.HasPrefix(path, c.point.dir+"/")) && (m == nil || len(c.point.dir) > len(m.point.dir)) {
+		if c.point != nil && (path == c.point.dir || strings.HasPrefix(path, c.point.dir+"/")) && (m == nil || len(c.point.dir) > len(m.point.dir)) {
 			m = c
 		}
 	}
@@ -313,7 +438,7 @@ func (h *helperServer) mountByWire(id uint32) *helperMount {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, m := range h.mounts {
-		if m.wireID == id {
+		if m.wireID == id && m.point != nil {
 			return m
 		}
 	}
@@ -325,8 +450,10 @@ func (h *helperServer) detachAll() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, m := range h.mounts {
-		// There is nobody left to tell of a failure.
-		_ = m.point.unmount(h.fusermount, true)
+		if !m.keep && m.point != nil {
+			// There is nobody left to tell of a failure.
+			_ = m.point.unmount(h.fusermount, howForce)
+		}
 	}
 }
 

@@ -28,7 +28,8 @@ type helper struct {
 
 type answer struct {
 	report
-	file *os.File
+	file *os.File // the device of opMount
+	more *os.File // and the mount, if it is nowhere
 }
 
 // helperError is a failure that the helper reported: its words, and its errno for a peer.
@@ -79,9 +80,12 @@ func (h *helper) receive() {
 		}
 		a := answer{report: r}
 		for i, f := range files {
-			if i == 0 {
+			switch i {
+			case 0:
 				a.file = f
-			} else {
+			case 1:
+				a.more = f
+			default:
 				f.Close()
 			}
 		}
@@ -167,6 +171,9 @@ func (h *helper) drop(a answer) {
 		return
 	}
 	a.file.Close()
+	if a.more != nil {
+		a.more.Close()
+	}
 	// An error means that the helper ends, which detaches its mounts.
 	_ = h.proc.Send(call{Op: opForget, Key: a.Key, Force: true})
 }

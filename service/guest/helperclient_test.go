@@ -51,19 +51,23 @@ func TestMountGivenUp(t *testing.T) {
 			t.Fatal(err)
 		}
 		if late {
-			h.mu.Lock() // the answer waits for this
-			_, there := h.calls[id]
-			delete(h.calls, id)
-			awaitMounted(t, dir, true)
-			h.mu.Unlock()
-			if !there {
-				h.drop(<-waiting) // it was quicker
-			}
+			h.forget(id, waiting) // if the answer was quicker, all the same
 		} else {
 			for until := time.Now().Add(wait); len(waiting) == 0 && time.Now().Before(until); {
 				time.Sleep(time.Millisecond)
 			}
 			h.forget(id, waiting)
+		}
+		for until := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
+			ctx, cancel := context.WithTimeout(t.Context(), wait)
+			a, err := h.call(ctx, call{Op: opAttach, Key: 1})
+			cancel()
+			if err != nil || time.Now().After(until) {
+				t.Fatalf("the mount is still there: %+v, %v", a.Mount, err)
+			}
+			if a.Mount == (mountID{}) {
+				break
+			}
 		}
 		awaitMounted(t, dir, false)
 	}

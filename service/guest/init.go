@@ -28,6 +28,9 @@ func (p *Pump) initRequest(msg []byte) {
 	body := msg[fuse.InHeaderSize:]
 	clearBits(body, initFlags, uint32(ownerBits&0xffffffff))
 	clearBits(body, initFlags2In, uint32(ownerBits>>32))
+	if len(body) >= initFlags2In+4 && uint64(binary.LittleEndian.Uint32(body[initFlags:]))&fuse.INIT_EXT != 0 {
+		p.canResend = uint64(binary.LittleEndian.Uint32(body[initFlags2In:]))<<32&fuse.HAS_RESEND != 0
+	}
 	p.initUnique = binary.LittleEndian.Uint64(msg[8:])
 }
 
@@ -58,7 +61,7 @@ func (p *Pump) initReply(msg []byte) error {
 	p.requestSize = int(max(minRequest, write)) + headRoom + maxForgets
 	p.maxWrite.Store(write) // last: from here on a reply is not looked at again
 	if p.agreed != nil {
-		p.agreed(agreed{p.requestSize, p.maxReply, p.minor.Load(), write})
+		p.agreed(agreed{p.requestSize, p.maxReply, p.minor.Load(), write, p.canResend})
 	}
 	return nil
 }

@@ -46,7 +46,7 @@ func allowed(p transport.Peer, server transport.Addr, uid uint32) error {
 }
 
 // acceptLoop takes the connections that the host dials, until ln is closed.
-func (d *daemon) acceptLoop(ctx context.Context, ln *transport.Listener) {
+func (d *Daemon) acceptLoop(ctx context.Context, ln *transport.Listener) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	pending := make(chan struct{}, maxPending)
@@ -97,7 +97,7 @@ func (d *daemon) acceptLoop(ctx context.Context, ln *transport.Listener) {
 }
 
 // serveConn reads what a connection is and serves it. It owns conn; known is called once that is read, or on failure.
-func (d *daemon) serveConn(ctx context.Context, conn *transport.Conn, known func()) error {
+func (d *Daemon) serveConn(ctx context.Context, conn *transport.Conn, known func()) error {
 	sub, args, err := d.subprotocol(conn)
 	known()
 	if err != nil {
@@ -111,7 +111,7 @@ func (d *daemon) serveConn(ctx context.Context, conn *transport.Conn, known func
 }
 
 // subprotocol reads the first byte, answers a proof, and reads the arguments of a mount.
-func (d *daemon) subprotocol(conn *transport.Conn) (sub byte, args []byte, err error) {
+func (d *Daemon) subprotocol(conn *transport.Conn) (sub byte, args []byte, err error) {
 	// Deadlines of a connection in the poller can be set.
 	_ = conn.SetDeadline(time.Now().Add(firstTime))
 	first := make([]byte, 1)
@@ -161,7 +161,7 @@ func readMountArgs(conn *transport.Conn) ([]byte, error) {
 }
 
 // mount1 is a mount of version 1: conn becomes its stream.
-func (d *daemon) mount1(ctx context.Context, conn *transport.Conn, args []byte) error {
+func (d *Daemon) mount1(ctx context.Context, conn *transport.Conn, args []byte) error {
 	options, dir, err := wire.ParseMountArgs(args)
 	var o MountOptions
 	if err == nil {
@@ -173,10 +173,17 @@ func (d *daemon) mount1(ctx context.Context, conn *transport.Conn, args []byte) 
 		conn.Close()
 		return fmt.Errorf("mount %s: %w", dir, err)
 	}
-	m, err := d.mount(ctx, mountAsk{dir: dir, options: o, conn: conn, version: wire.Version1})
+	e, err := d.want(MountSpec{Dir: dir, Options: options}, false)
 	if err != nil {
+		conn.Close()
 		return err
 	}
+	m, _, err := d.mount(ctx, e, mountAsk{options: o, conn: conn, version: wire.Version1})
+	if err != nil {
+		d.unlist(e)
+		return err
+	}
+	d.unlistAfter(e, m)
 	d.wg.Go(func() {
 		if err := d.notify1(m.ctx, m); err != nil && m.ctx.Err() == nil {
 			d.log.Warn("notify channel", "dir", m.dir, "error", err)
@@ -185,7 +192,7 @@ func (d *daemon) mount1(ctx context.Context, conn *transport.Conn, args []byte) 
 	return nil
 }
 
-func (d *daemon) notify1(ctx context.Context, m *mount) error {
+func (d *Daemon) notify1(ctx context.Context, m *mount) error {
 	conn, err := transport.Dial(ctx, d.c.Server)
 	if err != nil {
 		return err
@@ -200,7 +207,7 @@ func (d *daemon) notify1(ctx context.Context, m *mount) error {
 }
 
 // mayAsk says whether the host may ask for a mount with o.
-func (d *daemon) mayAsk(o MountOptions) error {
+func (d *Daemon) mayAsk(o MountOptions) error {
 	if o.Suid && !d.c.AllowSuid {
 		return fmt.Errorf("%w: option suid is not allowed to the host (--allow-suid)", unix.EPERM)
 	}

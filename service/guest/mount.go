@@ -160,12 +160,34 @@ func Mount(dir string, o MountOptions) (*os.File, error) {
 	return mountAt(at, o)
 }
 
-// mountAt is Mount over an O_PATH descriptor of a directory: nobody can exchange what was checked. The file system
-// is made apart and then moved there, so that it is never seen with other attributes than those asked for.
-func mountAt(at int, o MountOptions) (dev *os.File, err error) {
-	fd, err := openDevice()
+// mountAt is Mount over an O_PATH descriptor of a directory: nobody can exchange what was checked.
+func mountAt(at int, o MountOptions) (*os.File, error) {
+	dev, mnt, err := makeMount(o)
 	if err != nil {
 		return nil, err
+	}
+	defer mnt.Close()
+	if err := attach(mnt, at); err != nil {
+		dev.Close()
+		return nil, err
+	}
+	return dev, nil
+}
+
+// attach puts a mount that is nowhere yet over the directory at.
+func attach(mnt *os.File, at int) error {
+	if err := unix.MoveMount(int(mnt.Fd()), "", at, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil {
+		return mountError("move_mount", -1, err)
+	}
+	return nil
+}
+
+// makeMount makes a mount that is nowhere yet, so that it is never seen with other attributes than those asked for, nor before its
+// device is where it is to be. The caller owns both files.
+func makeMount(o MountOptions) (dev, mount *os.File, err error) {
+	fd, err := openDevice()
+	if err != nil {
+		return nil, nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -174,7 +196,7 @@ func mountAt(at int, o MountOptions) (dev *os.File, err error) {
 	}()
 	fs, err := unix.Fsopen("fuse", unix.FSOPEN_CLOEXEC)
 	if err != nil {
-		return nil, mountError("fsopen", fs, err)
+		return nil, nil, mountError("fsopen", fs, err)
 	}
 	defer unix.Close(fs)
 	set := func(key, val string) {
@@ -209,10 +231,10 @@ func mountAt(at int, o MountOptions) (dev *os.File, err error) {
 	flag(o.Sync, "sync")
 	flag(o.DirSync, "dirsync")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err = unix.FsconfigCreate(fs); err != nil {
-		return nil, mountError("fsconfig create", fs, err)
+		return nil, nil, mountError("fsconfig create", fs, err)
 	}
 	attrs := 0
 	for _, f := range []struct {
@@ -228,13 +250,13 @@ func mountAt(at int, o MountOptions) (dev *os.File, err error) {
 	}
 	mnt, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attrs)
 	if err != nil {
-		return nil, mountError("fsmount", fs, err)
+		return nil, nil, mountError("fsmount", fs, err)
 	}
-	defer unix.Close(mnt)
-	if err = unix.MoveMount(mnt, "", at, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil {
-		return nil, mountError("move_mount", -1, err)
+	if dev, err = deviceFile(fd); err != nil {
+		unix.Close(mnt)
+		return nil, nil, err
 	}
-	return deviceFile(fd)
+	return dev, os.NewFile(uintptr(mnt), "mount"), nil
 }
 
 // openDevice opens /dev/fuse for a mount. It must not be in the poller yet: before the mount, joining it would hang.

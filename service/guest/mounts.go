@@ -9,112 +9,176 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"transfused.org/transfused/service/api"
+	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watchdog"
 	"transfused.org/transfused/service/wire"
 )
 
 // unmountTime is how long a mount may take to write back before its requests are failed.
 const unmountTime = 5 * time.Second
 
-// mount is one that stands. Its pump owns the device.
+// mount is one that stands. It has a pump while it has a stream.
 type mount struct {
-	key     uint64
-	dir     string
-	tag     string // of version 2
-	wireID  uint32
-	version uint16
-	pump    *Pump
-	ctx     context.Context // ends with the pump
-	cancel  context.CancelFunc
-	why     wire.Reason   // guarded by daemon.mu: why it was unmounted, if we did it
-	ended   chan struct{} // closed when nothing is left of it
-	err     error         // what its pump returned; before ended is closed
-}
+	e            *entry
+	key          uint64 // the entry's id
+	dir          string
+	tag          string // of version 2
+	wireID       uint32
+	version      uint16
+	noFlush      bool
+	keeps        bool // the host keeps it when its stream is lost
+	hostReadOnly bool
+	dev          *device
+	traffic      *traffic
+	loop         watchdog.Loop
+	ctx          context.Context // ends with the mount
+	cancel       context.CancelCauseFunc
+	ended        chan struct{} // closed when nothing is left of it
+	err          error         // why it ended; nil: it was unmounted; errLeft: another process goes on with it. Before ended is closed
 
-// mountAsk is what mount needs: a stream that is ready for FUSE, and where to mount.
-type mountAsk struct {
-	dir     string
-	tag     string
+	recordMu   sync.Mutex // guards record
+	record     record
+	recordFile *os.File // nil: it is not in the store
+
+	// Guarded by Daemon.mu.
 	options MountOptions
-	conn    *transport.Conn
-	wireID  uint32
-	version uint16
-	noFlush bool
+	pump    *Pump       // nil: it waits for a stream
+	why     wire.Reason // why it was unmounted, if we did it
 }
 
-// mount mounts and starts the pump. It owns the stream, also when it fails.
-func (d *daemon) mount(ctx context.Context, q mountAsk) (*mount, error) {
-	d.mu.Lock()
-	d.lastKey++
-	m := &mount{key: d.lastKey, dir: filepath.Clean(q.dir), tag: q.tag, wireID: q.wireID, version: q.version, ended: make(chan struct{})}
-	var err error
-	switch {
-	case d.ending:
-		err = errEnding
-	case d.standing == maxMounts:
-		err = fmt.Errorf("mount %s: %w: there are %d mounts already", m.dir, unix.EMFILE, maxMounts)
-	default:
-		d.standing++
-		d.wg.Add(1) // while mounts is not yet final, so that the end waits for this one
+// mountAsk is what mount needs: a stream that is ready for FUSE.
+type mountAsk struct {
+	conn     *transport.Conn
+	options  MountOptions
+	wireID   uint32
+	version  uint16
+	noFlush  bool
+	keeps    bool
+	readOnly bool // at the host
+}
+
+// errLeft ends a mount that another process will go on with.
+var errLeft = errors.New("left to the next process")
+
+// mount mounts e and starts the pump. It owns the stream, also when it fails. If e is for nowhere it returns the mount's descriptor.
+func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at *os.File, err error) {
+	m = &mount{e: e, key: e.id, dir: e.spec.Dir, tag: e.spec.Tag, wireID: q.wireID, version: q.version, noFlush: q.noFlush,
+		keeps: q.keeps, hostReadOnly: q.readOnly, options: q.options, traffic: &traffic{}, ended: make(chan struct{})}
+	store := q.keeps && d.c.Store != nil
+	c := call{Op: opMount, Key: m.key, Dir: e.spec.Dir, Inode: e.at, Options: q.options, WireID: q.wireID, Keep: store}
+	if e.nowhere {
+		c.Dir = ""
 	}
-	d.mu.Unlock()
-	if err != nil {
-		q.conn.Close()
-		return nil, err
-	}
-	a, err := d.helper.call(ctx, call{Op: opMount, Key: m.key, Dir: q.dir, Options: q.options, WireID: q.wireID})
+	a, err := d.helper.call(ctx, c)
 	if err == nil && a.file == nil {
 		err = errors.New("mount: the helper sent no device")
 	}
 	if err != nil {
 		q.conn.Close()
-		d.gone()
-		return nil, err
+		return nil, nil, err
 	}
-	log := d.log.With("dir", m.dir)
-	if m.pump, err = NewPump(a.file, q.conn, PumpOptions{Ahead: q.version >= wire.Version2, NoFlush: q.noFlush, Log: log}); err != nil {
-		d.detach(m)
-		d.gone()
-		return nil, err
+	at = a.more
+	defer func() {
+		if err != nil {
+			if at != nil {
+				at.Close()
+			}
+			d.detach(m)
+			if m.recordFile != nil {
+				d.unstore(m)
+			}
+			if m.dev != nil {
+				m.dev.close()
+			}
+		}
+	}()
+	sock, err := dupNonblocking(q.conn)
+	q.conn.Close()
+	if err != nil {
+		a.file.Close()
+		return nil, at, err
 	}
-	m.ctx, m.cancel = context.WithCancel(d.ctx)
+	if m.dev, err = newDevice(a.file); err != nil {
+		unix.Close(sock)
+		return nil, at, err
+	}
+	if store {
+		// Before its first request is read, and before it is seen.
+		if err = d.store(m); err != nil {
+			unix.Close(sock)
+			return nil, at, fmt.Errorf("mount %s: %w", m.dir, err)
+		}
+	}
+	p, err := d.newPump(m, sock)
+	if err != nil {
+		return nil, at, err
+	}
+	m.pump = p
+	m.ctx, m.cancel = context.WithCancelCause(d.ctx)
+	d.begin(m)
+	seen, err := d.helper.call(ctx, call{Op: opAttach, Key: m.key})
+	if err != nil {
+		p.Close() // run takes the rest apart
+		<-m.ended
+		m.recordFile, m.dev = nil, nil
+		return nil, at, err
+	}
+	if store {
+		d.change(m, func(r *record) { r.Mount = seen.Mount })
+	}
+	d.set(e, api.Active, "")
+	d.log.Info("mounted", "dir", m.dir, "tag", m.tag, sd.Mounted.Attr())
 	d.mu.Lock()
-	d.mounts[m.key] = m
 	ending := d.ending
 	d.mu.Unlock()
-	go func() {
-		defer d.gone()
-		d.run(m)
-	}()
-	if m.tag != "" {
-		log = log.With("tag", m.tag)
+	if err = context.Cause(e.ctx); ending {
+		err = errEnding
 	}
-	log.Info("mounted")
-	d.tell()
-	if ending {
+	if err != nil { // who ended it may have come too early to see m
 		d.unmount(m, wire.ReasonShutdown)
-		return nil, errEnding
+		m.recordFile, m.dev = nil, nil
+		return nil, at, err
 	}
-	return m, nil
+	return m, at, nil
 }
 
-// gone is for a mount that was begun and has ended.
-func (d *daemon) gone() {
+// newPump makes a pump of m for a stream, whose descriptor it owns, also when it fails.
+func (d *Daemon) newPump(m *mount, sock int) (*Pump, error) {
+	p, err := newPump(m.dev, sock, PumpOptions{Ahead: m.version >= wire.Version2, NoFlush: m.noFlush, Log: d.log.With("dir", m.dir)})
+	if err != nil {
+		return nil, err
+	}
+	p.traffic, p.loop = m.traffic, &m.loop
+	p.agreed = func(a agreed) { d.change(m, func(r *record) { r.Agreed = a }) }
+	return p, nil
+}
+
+// begin has m run, until it has ended.
+func (d *Daemon) begin(m *mount) {
 	d.mu.Lock()
-	d.standing--
+	m.e.m = m
+	d.mounts[m.key] = m
+	d.wg.Add(1) // its entry keeps the count above 0
 	d.mu.Unlock()
-	d.wg.Done()
+	go func() {
+		defer d.wg.Done()
+		d.run(m)
+	}()
 }
 
 // detach takes away a mount that has no pump, so that nobody meets ENOTCONN or waits in it.
-func (d *daemon) detach(m *mount) {
+func (d *Daemon) detach(m *mount) {
 	ctx, cancel := context.WithTimeout(context.Background(), unmountTime)
 	defer cancel()
-	if _, err := d.helper.call(ctx, call{Op: opUnmount, Key: m.key, Force: true}); err != nil {
+	if _, err := d.helper.call(ctx, call{Op: opUnmount, Key: m.key, How: howForce}); err != nil {
 		if errors.Is(err, errHelperEnded) {
 			d.mu.Lock()
 			d.stale = append(d.stale, m.dir) // for another helper
@@ -127,23 +191,37 @@ func (d *daemon) detach(m *mount) {
 	_, _ = d.helper.call(ctx, call{Op: opForget, Key: m.key})
 }
 
-var errEnding = errors.New("the daemon is ending")
-
-// run pumps until the mount ends, and cleans up after it.
-func (d *daemon) run(m *mount) {
-	err := m.pump.Run()
-	m.cancel()
+// run carries m until it ends, and cleans up after it.
+func (d *Daemon) run(m *mount) {
+	remove := d.c.Watchdog.Add("mount "+m.dir, &m.loop)
+	err := d.carry(m)
+	remove()
+	m.cancel(err)
+	if errors.Is(err, errLeft) {
+		d.leaveNothing(m)
+		m.err = errLeft
+		d.mu.Lock()
+		delete(d.mounts, m.key)
+		m.e.m = nil
+		d.mu.Unlock()
+		close(m.ended)
+		return
+	}
 	if errors.Is(err, os.ErrClosed) {
 		err = nil // by unmount, below
 	}
 	d.detach(m)
+	if m.recordFile != nil {
+		d.unstore(m)
+	}
+	m.dev.close()
 	d.mu.Lock()
 	delete(d.mounts, m.key)
+	m.e.m = nil
 	reason := m.why
 	d.mu.Unlock()
-	d.tell()
 	if reason == 0 {
-		reason = wire.ReasonAsked
+		reason = reasonAsked
 	}
 	text := ""
 	if err != nil {
@@ -152,25 +230,151 @@ func (d *daemon) run(m *mount) {
 		if errors.Is(err, ErrProtocol) {
 			reason, level = wire.ReasonProtocol, slog.LevelError
 		}
-		d.log.Log(context.Background(), level, fmt.Sprintf("%s: the mount ended: %s", m.dir, err))
+		d.log.Log(context.Background(), level, fmt.Sprintf("%s: the mount ended: %s", m.dir, err), sd.MountLost.Attr())
 	} else {
-		d.log.Info("unmounted", "dir", m.dir)
+		d.log.Info("unmounted", "dir", m.dir, sd.Unmounted.Attr())
 	}
 	m.err = err
 	if c := d.control.Load(); c != nil && m.version >= wire.Version2 {
 		c.offer(&wire.Unmounted{MountID: m.wireID, Reason: reason, Text: text})
 	}
+	d.tell()
 	close(m.ended)
 }
 
-// unmount unmounts in order, or, where that takes too long, by force, and waits for the end of the mount.
-func (d *daemon) unmount(m *mount, reason wire.Reason) error {
+// reasonAsked is what a mount ends by that nobody gave a reason for.
+const reasonAsked = wire.ReasonAsked
+
+// carry pumps, over one stream after the other where the host keeps the mount, until it ends: nil when it was unmounted.
+func (d *Daemon) carry(m *mount) error {
+	for {
+		d.mu.Lock()
+		p := m.pump
+		d.mu.Unlock()
+		if p != nil {
+			err := p.Run()
+			d.mu.Lock()
+			m.pump = nil
+			d.mu.Unlock()
+			if err == errDrained {
+				return errLeft
+			}
+			if !errors.Is(err, ErrStream) || !m.keeps {
+				return err
+			}
+			d.log.Warn(fmt.Sprintf("%s: the mount waits for the host: %s", m.dir, err), "dir", m.dir)
+			d.set(m.e, api.Reconnecting, err.Error())
+		}
+		m.loop.Enter(watchdog.WaitPeer)
+		sock, err := d.resume(m)
+		if err != nil {
+			return err
+		}
+		if p, err = d.newPump(m, sock); err != nil {
+			return err
+		}
+		m.recordMu.Lock()
+		a := m.record.Agreed
+		m.recordMu.Unlock()
+		if a != (agreed{}) {
+			p.goOn(a)
+		}
+		d.mu.Lock()
+		m.pump = p
+		leaving := d.leaving
+		d.mu.Unlock()
+		if leaving {
+			p.drain(drainTime)
+		}
+		d.set(m.e, api.Active, "")
+		d.log.Info("the mount goes on", "dir", m.dir)
+	}
+}
+
+// resume opens a new stream for m, as soon as the host is there, and returns its descriptor. The error is nil's of carry where m was unmounted
+// meanwhile, and ErrStream where the host has the mount no longer.
+func (d *Daemon) resume(m *mount) (sock int, err error) {
+	ctx, cancel := context.WithCancelCause(m.ctx)
+	defer cancel(nil)
+	w, err := newWaker()
+	if err != nil {
+		return -1, err
+	}
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		if m.dev.waitGone(w) {
+			cancel(errUnmounted)
+		}
+	})
+	defer func() {
+		w.wake()
+		watching.Wait()
+		w.close()
+		if errors.Is(err, errUnmounted) {
+			err = os.ErrClosed
+		}
+	}()
+	var b backoff
+	for {
+		c := d.waitControl(ctx)
+		if c == nil {
+			return -1, context.Cause(ctx)
+		}
+		if !c.keeps() {
+			return -1, fmt.Errorf("%w, and this host can't go on with it", ErrStream)
+		}
+		conn, err := d.open(ctx, &wire.StreamOpen{SessionID: d.session, Token: d.c.Token, MountID: m.wireID})
+		if err == nil {
+			sock, err = dupNonblocking(conn)
+			conn.Close()
+			return sock, err
+		}
+		var r *refusal
+		if errors.As(err, &r) && r.errno != unix.EAGAIN && r.errno != unix.EBUSY && r.errno != unix.ESHUTDOWN {
+			return -1, fmt.Errorf("%w, and the host has the mount no longer: %w", ErrStream, err)
+		}
+		if !b.wait(ctx) {
+			return -1, context.Cause(ctx)
+		}
+	}
+}
+
+// leave has m end with errLeft. Precondition: d.mu is held, d.leaving is set.
+func (m *mount) leave() {
+	if m.pump != nil {
+		m.pump.drain(drainTime)
+	} else {
+		m.cancel(errLeft)
+	}
+}
+
+// drainTime is how long requests at the host may take to be answered before another process goes on. Those that do not end in that time
+// are sent again then.
+const drainTime = 2 * time.Second
+
+// leaveNothing lets go of m in this process. A kernel that can't send requests again has those that are not answered fail
+// now, with EINTR: nobody else would answer them.
+func (d *Daemon) leaveNothing(m *mount) {
+	if m.record.Agreed != (agreed{}) && !m.record.Agreed.Resend {
+		for _, unique := range m.traffic.pending() {
+			var msg [fuse.OutHeaderSize]byte
+			fuse.Put(msg[:], &fuse.OutHeader{Len: uint32(len(msg)), Error: -int32(unix.EINTR), Unique: unique})
+			_, _ = writeNow(m.dev.fd, msg[:]) // one that has ended meanwhile is ENOENT
+		}
+	}
+	m.dev.close()
+	m.recordFile.Close()
+}
+
+// unmount unmounts in order, or, where that takes too long, by force, and waits for the end of the mount. Who still uses it gets errors.
+func (d *Daemon) unmount(m *mount, reason wire.Reason) {
 	d.mu.Lock()
 	m.why = reason
+	d.setLocked(m.e, api.Draining, "")
 	d.mu.Unlock()
 	ctx, cancel := context.WithTimeoutCause(context.Background(), unmountTime, errors.New("the host does not answer"))
 	defer cancel()
-	_, err := d.helper.call(ctx, call{Op: opUnmount, Key: m.key})
+	_, err := d.helper.call(ctx, call{Op: opUnmount, Key: m.key, How: howDetach})
 	if err != nil && !errors.Is(err, errHelperEnded) {
 		d.log.Warn(fmt.Sprintf("unmount %s: %s: by force now", m.dir, err))
 	}
@@ -179,39 +383,43 @@ func (d *daemon) unmount(m *mount, reason wire.Reason) error {
 	defer grace.Stop()
 	select {
 	case <-m.ended:
-		return nil
+		return
 	case <-grace.C:
 	}
-	m.pump.Close()
+	d.closeMount(m)
 	<-m.ended
-	return nil
 }
 
-// request2 asks the host for spec and mounts it, version 2.
-func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o MountOptions) (*mount, error) {
-	// Two mounts of one point would hide each other.
-	if d.mountAtDir(spec.Dir) != nil {
-		return nil, &permanentError{fmt.Errorf("mount %s: %s is mounted already: %w", spec.Tag, spec.Dir, unix.EBUSY)}
+// closeMount has m end now.
+func (d *Daemon) closeMount(m *mount) {
+	m.cancel(os.ErrClosed)
+	d.mu.Lock()
+	p := m.pump
+	d.mu.Unlock()
+	if p != nil {
+		p.Close()
 	}
-	if err := checkPoint(spec.Dir, d.roots); err != nil {
-		return nil, &permanentError{err}
-	}
+}
+
+// request2 asks the host for e's export and mounts it, version 2.
+func (d *Daemon) request2(ctx context.Context, c *control, e *entry) (*mount, *os.File, error) {
+	spec, o := e.spec, e.options
 	reply, err := c.request(ctx, func(id uint32) wire.Message {
 		return &wire.MountRequest{ID: id, Tag: spec.Tag, Dir: spec.Dir, Options: hostOptions(spec.Options)}
 	})
 	if err != nil {
-		return nil, fmt.Errorf("mount %s: %w", spec.Tag, err)
+		return nil, nil, fmt.Errorf("mount %s: %w", spec.Tag, err)
 	}
 	r, ok := reply.(*wire.MountReply)
 	if !ok {
-		return nil, fmt.Errorf("mount %s: %w: %T instead of MountReply", spec.Tag, wire.ErrProtocol, reply)
+		return nil, nil, fmt.Errorf("mount %s: %w: %T instead of MountReply", spec.Tag, wire.ErrProtocol, reply)
 	}
 	if r.Errno != 0 {
 		err := fmt.Errorf("mount %s: the host refuses: %w", spec.Tag, &refusal{r.Errno, r.Text})
 		if r.Errno == unix.EAGAIN {
-			return nil, err // too much at once
+			return nil, nil, err // too much at once
 		}
-		return nil, &permanentError{err}
+		return nil, nil, &permanentError{err}
 	}
 	failed := func(err error) error {
 		c.send(&wire.Unmounted{MountID: r.MountID, Reason: wire.ReasonFailed, Text: err.Error()})
@@ -219,7 +427,7 @@ func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o Mou
 	}
 	conn, err := d.open(ctx, &wire.StreamOpen{SessionID: d.session, Token: d.c.Token, MountID: r.MountID})
 	if err != nil {
-		return nil, failed(fmt.Errorf("mount %s: open its stream: %w", spec.Tag, err))
+		return nil, nil, failed(fmt.Errorf("mount %s: open its stream: %w", spec.Tag, err))
 	}
 	o.DefaultPermissions = true
 	o.AllowOther = o.AllowOther || os.Geteuid() == 0
@@ -230,16 +438,16 @@ func (d *daemon) request2(ctx context.Context, c *control, spec MountSpec, o Mou
 	if r.MaxWrite >= 4096 && r.MaxWrite < MaxData {
 		o.MaxRead = r.MaxWrite
 	}
-	m, err := d.mount(ctx, mountAsk{dir: spec.Dir, tag: spec.Tag, options: o, conn: conn, wireID: r.MountID, version: wire.Version2, noFlush: r.NoFlush})
+	m, at, err := d.mount(ctx, e, mountAsk{options: o, conn: conn, wireID: r.MountID, version: wire.Version2, noFlush: r.NoFlush, keeps: c.keeps(), readOnly: r.ReadOnly})
 	if err != nil {
 		var h *helperError
 		if errors.As(err, &h) {
 			err = &permanentError{err}
 		}
-		return nil, failed(err)
+		return nil, nil, failed(err)
 	}
 	d.wg.Go(func() { d.keepNotify(m) })
-	return m, nil
+	return m, at, nil
 }
 
 // permanentError is one that a later try would meet again.
@@ -247,62 +455,72 @@ type permanentError struct{ error }
 
 func (e *permanentError) Unwrap() error { return e.error }
 
-// keepMounted mounts spec whenever the host is there, until somebody unmounts it (nil), it can't be (the error), or
-// ctx ends.
-func (d *daemon) keepMounted(ctx context.Context, spec MountSpec) error {
-	// Checked before the daemon began.
-	o, err := ParseMountOptions(spec.Options)
-	if err != nil {
-		return err
-	}
+// keepMounted mounts e whenever the host is there, until somebody unmounts it (nil), it can't be (the error), it is left to the next
+// process, or its context ends.
+func (d *Daemon) keepMounted(e *entry) error {
 	var b backoff
 	var last said
-	once := false
+	m := d.mountOf(e) // taken up
+	once := m != nil
 	for {
-		c := d.waitControl(ctx)
-		if c == nil {
-			return nil
+		var err error
+		if m == nil {
+			c := d.waitControl(e.ctx)
+			if c == nil {
+				return nil
+			}
+			if c.version < wire.Version2 {
+				return fmt.Errorf("mount %s: the host speaks protocol version 1 and mounts by itself; ask for %s there, or upgrade it", e.spec.Tag, e.spec.Dir)
+			}
+			m, _, err = d.request2(e.ctx, c, e)
 		}
-		if c.version < wire.Version2 {
-			return fmt.Errorf("mount %s: the host speaks protocol version 1 and mounts by itself; ask for %s there, or upgrade it", spec.Tag, spec.Dir)
-		}
-		m, err := d.request2(ctx, c, spec, o)
 		if err == nil {
 			last.reset()
 			once = true
 			b.reset()
 			<-m.ended
-			if m.err == nil {
+			if m.err == nil || errors.Is(m.err, errLeft) {
 				return nil
 			}
-		} else if ctx.Err() == nil {
+			d.set(e, api.Mounting, m.err.Error())
+			m = nil
+		} else if e.ctx.Err() == nil {
 			var p *permanentError
 			if errors.As(err, &p) && !once {
 				return err
 			}
+			d.set(e, api.Mounting, err.Error())
 			if !last.again(err.Error()) {
 				d.warn(fmt.Errorf("%w: trying again", err))
 			}
 		}
-		if !b.wait(ctx) {
+		if !b.wait(e.ctx) {
 			return nil
 		}
 	}
 }
 
 // mountAsked serves a MountAsk.
-func (d *daemon) mountAsked(ctx context.Context, c *control, q *wire.MountAsk) {
+func (d *Daemon) mountAsked(ctx context.Context, c *control, q *wire.MountAsk) {
 	spec := MountSpec{Tag: q.Tag, Dir: q.Dir, Options: q.Options}
 	o, err := ParseMountOptions(q.Options)
 	if err == nil {
 		err = d.mayAsk(o)
 	}
+	var e *entry
+	if err == nil {
+		e, err = d.want(spec, false)
+	}
 	var m *mount
 	if err == nil {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		defer context.AfterFunc(d.ctx, cancel)()
-		m, err = d.request2(ctx, c, spec, o)
+		defer context.AfterFunc(e.ctx, cancel)()
+		if m, _, err = d.request2(ctx, c, e); err != nil {
+			d.unlist(e)
+		} else {
+			d.unlistAfter(e, m)
+		}
 	}
 	if err != nil {
 		d.warn(fmt.Errorf("the host asks for a mount of %s at %s: %w", q.Tag, q.Dir, err))
@@ -312,32 +530,38 @@ func (d *daemon) mountAsked(ctx context.Context, c *control, q *wire.MountAsk) {
 	c.send(&wire.MountResult{ID: q.ID, MountID: m.wireID})
 }
 
-func (d *daemon) unmountAsked(ctx context.Context, c *control, q *wire.UnmountAsk) {
+// unlistAfter unlists e when m has ended: nobody here makes it again.
+func (d *Daemon) unlistAfter(e *entry, m *mount) {
+	d.keepers.Go(func() {
+		<-m.ended
+		d.unlist(e)
+	})
+}
+
+func (d *Daemon) unmountAsked(ctx context.Context, c *control, q *wire.UnmountAsk) {
 	m := d.mountByWire(q.MountID)
 	if m == nil {
 		c.send(&wire.UnmountReply{ID: q.ID, Errno: unix.ENOENT, Text: fmt.Sprintf("no mount %d", q.MountID)})
 		return
 	}
-	r := &wire.UnmountReply{ID: q.ID}
-	if err := d.unmount(m, q.Reason); err != nil {
-		r.Errno, r.Text = errnoFor(err), err.Error()
-	}
-	c.send(r)
+	d.unmount(m, q.Reason)
+	c.send(&wire.UnmountReply{ID: q.ID})
 }
 
-func (d *daemon) mountAtDir(dir string) *mount {
+// pumpAt returns the pump of the mount at dir, or nil.
+func (d *Daemon) pumpAt(dir string) *Pump {
 	dir = filepath.Clean(dir)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, m := range d.mounts {
 		if m.dir == dir {
-			return m
+			return m.pump
 		}
 	}
 	return nil
 }
 
-func (d *daemon) mountByWire(id uint32) *mount {
+func (d *Daemon) mountByWire(id uint32) *mount {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, m := range d.mounts {

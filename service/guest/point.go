@@ -27,11 +27,30 @@ type point struct {
 	parent *os.File
 }
 
-// mountID tells one mount from another. Before Linux 5.8 mnt is 0 and the device alone decides.
+// mountID tells one mount from another. Before Linux 5.8 Mnt is 0 and the device alone decides.
 type mountID struct {
-	mnt  uint64
-	dev1 uint32
-	dev2 uint32
+	Mnt        uint64
+	Dev1, Dev2 uint32
+}
+
+// inode tells one directory from another; the zero value is any.
+type inode struct{ Dev, Ino uint64 }
+
+func inodeOf(f *os.File) (inode, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return inode{}, os.NewSyscallError("fstat", err)
+	}
+	return inode{st.Dev, st.Ino}, nil
+}
+
+// is says whether f is that directory.
+func (i inode) is(f *os.File) bool {
+	if i == (inode{}) {
+		return true
+	}
+	have, err := inodeOf(f)
+	return err == nil && have == i
 }
 
 func mountIDOf(fd int) (mountID, error) {
@@ -214,9 +233,15 @@ func (p *point) root() (int, error) {
 	return fd, nil
 }
 
-// unmount unmounts what we mounted. Not forced it writes back, may wait for the host, and detaches a mount that is
-// busy; forced it fails all requests first.
-func (p *point) unmount(fusermount string, force bool) error {
+// How to unmount.
+const (
+	howBusy   = iota // not at all, if it is in use
+	howDetach        // what is in use is detached, after it was written back
+	howForce         // requests fail first, and then it is detached
+)
+
+// unmount unmounts what we mounted. Not forced it writes back, and may wait for the host.
+func (p *point) unmount(fusermount string, how int) error {
 	p.mu.RLock()
 	defer p.mu.RUnlock()
 	fd, err := p.root()
@@ -225,25 +250,60 @@ func (p *point) unmount(fusermount string, force bool) error {
 	}
 	unix.Close(fd)
 	if os.Geteuid() != 0 {
-		if !force {
-			if err := unmountUser(fusermount, p.dir, false); err == nil {
-				return nil
+		if how != howForce {
+			if err := unmountUser(fusermount, p.dir, false); err == nil || how == howBusy {
+				return err
 			}
 		}
 		return unmountUser(fusermount, p.dir, true)
 	}
 	flags := unix.UMOUNT_NOFOLLOW
-	if force {
+	if how == howForce {
 		flags |= unix.MNT_FORCE | unix.MNT_DETACH
 	}
 	err = unix.Unmount(p.path(), flags)
-	if err == unix.EBUSY {
+	if err == unix.EBUSY && how == howDetach {
+		p.writeBack()
 		err = unix.Unmount(p.path(), flags|unix.MNT_DETACH)
 	}
 	if err != nil {
 		return &os.PathError{Op: "umount", Path: p.dir, Err: err}
 	}
 	return nil
+}
+
+// writeBack has the kernel write what was changed in memory, as umount does, while files are open. Precondition: mu is held for reading.
+func (p *point) writeBack() {
+	fd, err := openat2(int(p.parent.Fd()), p.name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|noLinks)
+	if err != nil {
+		return // nothing can be written there
+	}
+	defer unix.Close(fd)
+	if id, err := mountIDOf(fd); err == nil && id == p.id {
+		_ = unix.Syncfs(fd) // what it can't write is lost, and the detaching goes on
+	}
+}
+
+// look learns what is mounted at p by now.
+func (p *point) look() error {
+	fd, err := openat2(int(p.parent.Fd()), p.name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|noLinks)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	raiseReadAhead(fd)
+	p.id, err = mountIDOf(fd)
+	return err
+}
+
+// holdPoint holds the mount point at dir without a look at what is there.
+func holdPoint(dir string) (*point, error) {
+	parent, name := filepath.Split(filepath.Clean(dir))
+	at, err := openat2(unix.AT_FDCWD, parent, unix.O_PATH|unix.O_DIRECTORY, noLinks)
+	if err != nil {
+		return nil, pointError(dir, parent, err)
+	}
+	return &point{dir: filepath.Clean(dir), name: name, parent: os.NewFile(uintptr(at), parent)}, nil
 }
 
 func (p *point) close() {

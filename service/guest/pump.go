@@ -72,6 +72,7 @@ type Pump struct {
 	requestSize int // what a request may need, in bytes; grows once, at INIT's reply
 	maxReply    int
 	initUnique  uint64
+	canResend   bool
 	in          []byte // from the stream; from start to end it was read and is not yet written
 	start, end  int
 	minor       atomic.Uint32
@@ -93,6 +94,7 @@ type Pump struct {
 type agreed struct {
 	RequestSize, MaxReply int
 	Minor, MaxWrite       uint32
+	Resend                bool // the kernel can send requests again (FUSE_HAS_RESEND)
 }
 
 // check says what is wrong with values that another program wrote.
