@@ -9,14 +9,17 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"transfused.org/transfused/service/admin"
 	"transfused.org/transfused/service/config"
 	"transfused.org/transfused/service/guest"
 	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watchdog"
 )
 
 // usageError is one that the command line or the configuration is to blame for.
@@ -33,6 +36,7 @@ type flags struct {
 	socket     string
 	fusermount string
 	logfile    string
+	control    string
 	tokenFile  string
 	mounts     []string
 	mountRoots []string
@@ -59,8 +63,9 @@ beside each, and the systemd credential transfused.toml; --config names one file
 As root it mounts by itself, as an ordinary user by fusermount3. On SIGTERM and SIGINT it unmounts
 everything and ends; SIGHUP switches debug logging on and off.
 
-Started by systemd it listens on the socket that it is passed (ListenStream=vsock::1525) instead of --socket, tells
-when it is ready and how it does (Type=notify), and logs to the journal.
+Started by systemd it listens on the sockets that it is passed instead of --socket and --control (the one that is
+named control), tells when it is ready and how it does (Type=notify), and logs to the journal. With a descriptor
+store (FileDescriptorStoreMax=) its mounts outlive it: the next process goes on with them, and who uses them waits.
 
 Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration.`,
 		Example: `  transfused --mount code=/mnt/code
@@ -77,18 +82,12 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 			if err != nil {
 				return &usageError{err}
 			}
-			passed, errs := sd.Take()
-			if len(errs) > 0 {
-				return errs[0]
-			}
-			if n := len(passed.Listeners); n > 1 {
-				return fmt.Errorf("%d sockets for the host were passed to this process: pass the one that the host dials", n)
-			} else if n == 1 {
-				c.Listener = passed.Listeners[0]
-			}
-			return daemon(cmd.Context(), c, log, all.debug)
+			return f.service(cmd, c, all, log)
 		},
 	}
+	cmd.AddCommand(newCleanUp())
+	cmd.CompletionOptions.DisableDefaultCmd = true
+	cmd.SetHelpCommand(&cobra.Command{Hidden: true})
 	cmd.SetVersionTemplate("transfused {{.Version}}\n")
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageHint(err) })
 	cmd.Args = func(_ *cobra.Command, args []string) error {
@@ -107,6 +106,7 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 	fs.BoolVar(&f.allowDev, "allow-dev", false, "let the host ask for mounts where device nodes work")
 	fs.StringVar(&f.tokenFile, "token-file", "", "file with the token that proves this guest to the host")
 	fs.StringVarP(&f.fusermount, "fusermount", "f", "", "program that mounts for an ordinary user (default: fusermount3 in the path)")
+	fs.StringVar(&f.control, "control", noSocket, `address of the control socket, for transfusectl: unix:PATH; "none" for none`)
 	fs.StringVarP(&f.pidfile, "pidfile", "p", "", "file to write the process id to when the host has answered")
 	fs.StringVarP(&f.logfile, "logfile", "l", "", "file to append the log to (default: standard error)")
 	fs.StringVar(&f.config, "config", "", "TOML file with the same settings, read alone; flags win")
@@ -177,27 +177,90 @@ func (f *flags) log() (*os.File, error) {
 	return file, nil
 }
 
-// daemon runs the daemon until a signal ends it.
-func daemon(ctx context.Context, c guest.Config, out *os.File, debug bool) error {
+// service runs the daemon, with what the service manager has passed, until a signal ends it.
+func (f flags) service(cmd *cobra.Command, c guest.Config, all flags, out *os.File) error {
 	var level slog.LevelVar
-	if debug {
+	if all.debug {
 		level.Set(slog.LevelDebug)
 	}
 	c.Log = slog.New(sd.TextHandler(out, &level))
 	if out == os.Stderr {
 		c.Log = slog.New(sd.LogHandler(os.Stderr, &level))
 	}
-	c.Ready, c.Status = sd.Ready, sd.Status
+	passed, errs := sd.Take()
+	for _, err := range errs {
+		c.Log.Error("a socket that was passed is not used", "error", err)
+	}
+	control := passed.Control
+	switch n := len(passed.Listeners); {
+	case n > 1:
+		passed.Close()
+		return fmt.Errorf("%d sockets for the host were passed to this process: pass the one that the host dials", n)
+	case n == 1:
+		c.Listener = passed.Listeners[0]
+	case control != nil || len(errs) > 0:
+		// The sockets are the service manager's business; a VM without vsock has none for its host.
+		c.Socket = transport.Addr{}
+	}
+	if control == nil && all.control != noSocket {
+		a, err := transport.Parse(all.control)
+		if err == nil && a.Family != transport.Unix {
+			err = fmt.Errorf("%s: a Unix socket is wanted, unix:PATH", a)
+		}
+		if err != nil {
+			return &usageError{fmt.Errorf("--control: %w", err)}
+		}
+		if control, err = transport.Listen(a); err != nil {
+			return err
+		}
+	}
+	if control != nil {
+		defer control.Close()
+	}
+	store, err := sd.OpenStore(passed.Stored)
+	if err != nil {
+		c.Log.Error("mounts will not outlive this process", "error", err)
+	}
+	if store != nil {
+		c.Store, c.Stored = store, passed.Stored
+		c.Leave = func() bool {
+			stop, err := sd.Stop()
+			if err != nil {
+				c.Log.Error("it is not known whether this is a stop: the mounts are left for the next process", "error", err)
+			}
+			return !stop
+		}
+	}
+	c.Stay = control != nil || store != nil
+	passedSocket, socket := c.Listener != nil || c.Socket == (transport.Addr{}), c.Socket
+	c.Reload = func() (guest.Config, error) {
+		sd.Reloading()
+		defer sd.Ready()
+		c, _, err := f.settings(cmd.Flags().Changed)
+		if passedSocket {
+			c.Socket = socket // what is configured is not used
+		}
+		return c, err
+	}
+	c.Status = sd.Status
+	return f.run(cmd.Context(), c, control, &level)
+}
+
+// run runs the daemon, and beside it what serves the administrator and the service manager.
+func (f flags) run(ctx context.Context, c guest.Config, control *transport.Listener, level *slog.LevelVar) error {
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, sd.Stopping)
+	// What goes on beside the daemon ends after it.
+	beside, end := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer end()
+
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, unix.SIGHUP)
 	defer signal.Stop(hup)
-	toggled := make(chan struct{})
-	done := make(chan struct{})
-	go func() {
-		defer close(toggled)
+	wg.Go(func() {
 		for {
 			select {
 			case <-hup:
@@ -207,13 +270,54 @@ func daemon(ctx context.Context, c guest.Config, out *os.File, debug bool) error
 					level.Set(slog.LevelDebug)
 				}
 				c.Log.Info("log level", "level", level.Level())
-			case <-done:
+			case <-beside.Done():
 				return
 			}
 		}
-	}()
-	err := guest.Run(ctx, c)
-	close(done)
-	<-toggled
+	})
+	c.Watchdog = &watchdog.Watchdog{}
+	timeout, err := sd.WatchdogTime()
+	if err != nil {
+		c.Log.Error("the watchdog is not fed", "error", err)
+	}
+	if timeout > 0 {
+		wg.Go(func() {
+			c.Watchdog.Run(beside, timeout, sd.FeedWatchdog, func(s string) { c.Log.Error("a loop stands still: the watchdog is not fed", "loop", s) })
+		})
+	}
+	var d *guest.Daemon
+	c.Ready = func() {
+		if control != nil {
+			wg.Go(func() {
+				if err := admin.ServeGuest(beside, control, d, version, c.Log); err != nil {
+					c.Log.Error("the control socket is not served any more", "error", err)
+				}
+			})
+		}
+		sd.Ready()
+	}
+	if d, err = guest.New(c); err != nil {
+		return &usageError{err}
+	}
+	if err = d.Run(ctx); err != nil {
+		sd.Failed(err)
+	}
 	return err
+}
+
+// newCleanUp makes the command that ExecStopPost= calls.
+func newCleanUp() *cobra.Command {
+	return &cobra.Command{
+		Use:    "clean-up",
+		Short:  "Detach mounts that nobody serves any more, when the service is being stopped",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			stop, err := sd.Stop()
+			if err != nil || !stop {
+				return err
+			}
+			return guest.CleanUp(guest.StateDir())
+		},
+	}
 }

@@ -22,6 +22,7 @@ type file struct {
 	AllowDev   *bool                `toml:"allow-dev"`
 	TokenFile  *string              `toml:"token-file"`
 	Fusermount *string              `toml:"fusermount"`
+	Control    *string              `toml:"control"`
 	Pidfile    *string              `toml:"pidfile"`
 	Logfile    *string              `toml:"logfile"`
 	Debug      *bool                `toml:"debug"`
@@ -57,6 +58,7 @@ func (f *flags) readConfig(given func(flag string) bool) ([]guest.MountSpec, err
 	set(given("allow-dev"), &f.allowDev, v.AllowDev)
 	set(given("token-file"), &f.tokenFile, v.TokenFile)
 	set(given("fusermount"), &f.fusermount, v.Fusermount)
+	set(given("control"), &f.control, v.Control)
 	set(given("pidfile"), &f.pidfile, v.Pidfile)
 	set(given("logfile"), &f.logfile, v.Logfile)
 	set(given("debug"), &f.debug, v.Debug)

@@ -48,6 +48,7 @@ type Daemon struct {
 	keepers   sync.WaitGroup // who waits for mounts
 	loop      watchdog.Loop  // the control channel's
 	reloading sync.Mutex     // serializes Reload
+	listing   sync.Mutex     // serializes list; taken before mu
 
 	mu       sync.Mutex // guards the rest
 	upOrNot  chan struct{}

@@ -175,6 +175,9 @@ func (d *Daemon) apply(specs []MountSpec, failed func(error)) {
 		d.remove(e)
 	}
 	for _, spec := range specs {
+		if o, err := ParseMountOptions(spec.Options); err == nil && o.NoAuto {
+			continue // somebody else asks for it in time
+		}
 		e, err := d.want(spec, true)
 		if err != nil {
 			if e == nil || e.spec.Tag != spec.Tag {

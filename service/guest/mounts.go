@@ -49,9 +49,10 @@ type mount struct {
 	recordFile *os.File // nil: it is not in the store
 
 	// Guarded by Daemon.mu.
-	options MountOptions
-	pump    *Pump       // nil: it waits for a stream
-	why     wire.Reason // why it was unmounted, if we did it
+	options  MountOptions
+	attached mountID
+	pump     *Pump       // nil: it waits for a stream
+	why      wire.Reason // why it was unmounted, if we did it
 }
 
 // mountAsk is what mount needs: a stream that is ready for FUSE.
@@ -132,7 +133,11 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 		return nil, at, err
 	}
 	if store {
+		d.mu.Lock()
+		m.attached = seen.Mount
+		d.mu.Unlock()
 		d.change(m, func(r *record) { r.Mount = seen.Mount })
+		d.list()
 	}
 	d.set(e, api.Active, "")
 	d.log.Info("mounted", "dir", m.dir, "tag", m.tag, sd.Mounted.Attr())
@@ -211,7 +216,8 @@ func (d *Daemon) run(m *mount) {
 		err = nil // by unmount, below
 	}
 	d.detach(m)
-	if m.recordFile != nil {
+	stored := m.recordFile != nil
+	if stored {
 		d.unstore(m)
 	}
 	m.dev.close()
@@ -220,6 +226,9 @@ func (d *Daemon) run(m *mount) {
 	m.e.m = nil
 	reason := m.why
 	d.mu.Unlock()
+	if stored {
+		d.list()
+	}
 	if reason == 0 {
 		reason = reasonAsked
 	}

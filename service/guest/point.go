@@ -114,7 +114,7 @@ func preparePoint(dir string, roots []string) (*point, *os.File, error) {
 		return nil, nil, &os.PathError{Op: "open", Path: "/", Err: err}
 	}
 	for i, name := range names {
-		next, err := stepInto(at, name)
+		next, err := stepInto(at, name, i == len(names)-1)
 		if err != nil {
 			unix.Close(at)
 			return nil, nil, pointError(dir, "/"+strings.Join(names[:i+1], "/"), err)
@@ -130,7 +130,7 @@ func preparePoint(dir string, roots []string) (*point, *os.File, error) {
 		if errors.Is(err, unix.ENOTCONN) && p.detachStale() == nil {
 			// A daemon before us was killed, and its mount is still here.
 			target.Close()
-			if next, err = stepInto(at, name); err == nil {
+			if next, err = stepInto(at, name, true); err == nil {
 				target = os.NewFile(uintptr(next), dir)
 				err = checkEmpty(next)
 			}
@@ -145,21 +145,40 @@ func preparePoint(dir string, roots []string) (*point, *os.File, error) {
 	panic("unreachable: a clean path that is not / has a name")
 }
 
-// stepInto opens the directory name in at, and makes it first where it is missing.
-func stepInto(at int, name string) (int, error) {
-	const flags = unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW
+// stepInto opens the directory name in at, and makes it first where it is missing. The last one may be a trap of autofs, set for the very mount
+// that is being made: who opened it as a directory would wait for that.
+func stepInto(at int, name string, last bool) (int, error) {
+	flags := unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW
+	if last {
+		flags &^= unix.O_DIRECTORY
+	}
 	fd, err := openat2(at, name, flags, unix.RESOLVE_BENEATH|noLinks)
-	if err != unix.ENOENT {
+	if err == unix.ENOENT {
+		if err := unix.Mkdirat(at, name, 0o700); err != nil && err != unix.EEXIST {
+			return -1, err
+		}
+		fd, err = openat2(at, name, flags, unix.RESOLVE_BENEATH|noLinks)
+	}
+	if err != nil || !last {
 		return fd, err
 	}
-	if err := unix.Mkdirat(at, name, 0o700); err != nil && err != unix.EEXIST {
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		err = unix.ENOTDIR
+	}
+	if err != nil {
+		unix.Close(fd)
 		return -1, err
 	}
-	return openat2(at, name, flags, unix.RESOLVE_BENEATH|noLinks)
+	return fd, nil
 }
 
 // checkEmpty returns ENOTEMPTY for a directory with entries.
 func checkEmpty(at int) error {
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(at, &fs); err == nil && fs.Type == unix.AUTOFS_SUPER_MAGIC {
+		return nil // a trap has no entries
+	}
 	fd, err := openat2(at, ".", unix.O_RDONLY|unix.O_DIRECTORY, noLinks)
 	if err != nil {
 		return err

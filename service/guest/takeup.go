@@ -89,7 +89,7 @@ func (d *Daemon) takeUpOne(s sd.Stored) error {
 		err = fmt.Errorf("it is of another session than the others")
 	}
 	m := &mount{key: r.ID, dir: r.Spec.Dir, tag: r.Spec.Tag, wireID: r.WireID, version: 2, noFlush: r.NoFlush, keeps: true, hostReadOnly: r.HostReadOnly,
-		options: r.Options, traffic: &traffic{}, ended: make(chan struct{}), record: *r, recordFile: file}
+		options: r.Options, traffic: &traffic{}, ended: make(chan struct{}), attached: r.Mount, record: *r, recordFile: file}
 	if err != nil {
 		dev.Close()
 		file.Close()

@@ -3,9 +3,7 @@
 package sd
 
 import (
-	"errors"
 	"fmt"
-	"net"
 	"os"
 	"regexp"
 	"strings"
@@ -17,10 +15,15 @@ import (
 	"transfused.org/transfused/service/transport"
 )
 
-// Passed descriptors are told apart by their names (FileDescriptorName=, FDNAME=). A socket with another name is one for peers.
+// Passed descriptors are told apart by their names (FileDescriptorName=, FDNAME=).
 
-// ControlName is the name of the control socket.
-const ControlName = "control"
+// Names of sockets. One with another name is for peers of the address family that it has.
+const (
+	// ControlName is the name of the control socket.
+	ControlName = "control"
+	// HybridName is the name of a Unix socket at the path PATH_PORT where a VMM with hybrid vsock connects.
+	HybridName = "hybrid"
+)
 
 // storedName has the names of what a program itself put into its store: ID.STREAM of a mount.
 var storedName = regexp.MustCompile(`^[0-9]+\.[0-9]+$`)
@@ -28,7 +31,7 @@ var storedName = regexp.MustCompile(`^[0-9]+\.[0-9]+$`)
 // Passed is what this process was started with (sd_listen_fds(3)). Who takes it owns everything in it.
 type Passed struct {
 	Listeners []*transport.Listener // vsock and Unix sockets for peers, in their order
-	Control   *net.UnixListener     // nil: none
+	Control   *transport.Listener   // nil: none
 	Stored    []Stored              // from the store
 }
 
@@ -66,7 +69,11 @@ func Take() (p *Passed, errs []error) {
 				errs = append(errs, err)
 			}
 		default:
-			l, err := transport.FromFile(f)
+			from := transport.FromFile
+			if f.Name() == HybridName {
+				from = transport.HybridFromFile
+			}
+			l, err := from(f)
 			if err != nil {
 				errs = append(errs, err)
 				continue
@@ -78,21 +85,19 @@ func Take() (p *Passed, errs []error) {
 }
 
 func (p *Passed) takeControl(f *os.File) error {
-	defer f.Close()
-	if p.Control != nil {
+	l, err := transport.FromFile(f)
+	switch {
+	case err != nil:
+		return err
+	case p.Control != nil:
+		l.Close()
 		return fmt.Errorf("inherited socket %s: there are two: only one unit may have FileDescriptorName=%[1]s", ControlName)
+	case l.Addr().Family != transport.Unix:
+		l.Close()
+		return fmt.Errorf("inherited socket %s: it is no Unix socket but %s: use ListenStream=/PATH in its unit", ControlName, l.Addr())
 	}
-	ln, err := net.FileListener(f)
-	if u, ok := ln.(*net.UnixListener); ok {
-		u.SetUnlinkOnClose(false)
-		p.Control = u
-		return nil
-	}
-	if err == nil {
-		ln.Close()
-		err = errors.New("it is of another address family")
-	}
-	return fmt.Errorf("inherited socket %s: it is no listening Unix socket (%w): use ListenStream=/PATH and Accept=no in its unit", ControlName, err)
+	p.Control = l
+	return nil
 }
 
 func (p *Passed) add(name string, f *os.File) {

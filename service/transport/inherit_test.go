@@ -5,6 +5,7 @@ package transport
 import (
 	"net"
 	"os"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -80,6 +81,35 @@ func TestFromFileVsock(t *testing.T) {
 		t.Error("FromFile left its file open")
 	}
 	diff(t, "Addr", Addr{Family: Vsock, CID: CIDAny, Port: port}, l.Addr())
+}
+
+func TestHybridFromFile(t *testing.T) {
+	checkLeaks(t)
+	for name, want := range map[string]Addr{"v.sock_1524": {Family: Hybrid, Port: 1524}, "v.sock_": {}, "v.sock": {}, "_7x": {}} {
+		dir := tempDir(t)
+		ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: dir + "/" + name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := ln.File()
+		ln.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := HybridFromFile(f)
+		if want.Family == 0 {
+			if err == nil || !strings.Contains(err.Error(), "ListenStream=PATH_PORT") {
+				t.Errorf("%s: %v", name, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		want.Path = dir + "/v.sock"
+		diff(t, "Addr", want, l.Addr())
+		l.Close()
+	}
 }
 
 func TestFromFileErrors(t *testing.T) {

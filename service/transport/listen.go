@@ -10,6 +10,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -82,6 +84,23 @@ func FromFile(f *os.File) (*Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("inherited socket %s: %w", f.Name(), err)
 	}
+	return l, nil
+}
+
+// HybridFromFile is FromFile for a socket at which a VMM with hybrid vsock
+// connects: a Unix socket at PATH_PORT.
+func HybridFromFile(f *os.File) (*Listener, error) {
+	l, err := FromFile(f)
+	if err != nil {
+		return nil, err
+	}
+	at := strings.LastIndexByte(l.addr.Path, '_')
+	n, err := strconv.ParseUint(l.addr.Path[at+1:], 10, 32)
+	if l.addr.Family != Unix || at <= 0 || err != nil {
+		l.Close()
+		return nil, fmt.Errorf("inherited socket %s: %s is no socket of hybrid vsock; use ListenStream=PATH_PORT, PATH being the VMM's", f.Name(), l.addr)
+	}
+	l.addr = Addr{Family: Hybrid, Path: l.addr.Path[:at], Port: uint32(n)}
 	return l, nil
 }
 

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// listName is the file in StateDir that has the mounts which are kept in the store, for CleanUp. It ends with the boot, as they do.
+const listName = "mounts.json"
+
+// listed is a mount in that file.
+type listed struct {
+	Dir   string
+	Mount mountID
+}
+
+// list writes what is mounted by now.
+func (d *Daemon) list() {
+	d.listing.Lock()
+	defer d.listing.Unlock()
+	if err := d.writeList(); err != nil {
+		d.log.Error("list the mounts for a stop that fails", "error", err)
+	}
+}
+
+// writeList is list's. Precondition: d.listing is held.
+func (d *Daemon) writeList() error {
+	all := []listed{}
+	d.mu.Lock()
+	for _, m := range d.mounts {
+		if m.recordFile != nil && !m.e.nowhere {
+			all = append(all, listed{m.dir, m.attached})
+		}
+	}
+	d.mu.Unlock()
+	b, err := json.Marshal(all)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(d.c.StateDir, 0o755); err != nil {
+		return err
+	}
+	name := filepath.Join(d.c.StateDir, listName)
+	if err := os.WriteFile(name+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(name+".new", name)
+}
+
+// CleanUp detaches the mounts that a daemon has left behind whose store is about to be emptied: it was killed while it
+// was stopping. Of what is mounted elsewhere or by others nothing is touched.
+func CleanUp(stateDir string) error {
+	name := filepath.Join(stateDir, listName)
+	b, err := os.ReadFile(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	var all []listed
+	if err == nil {
+		err = json.Unmarshal(b, &all)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	var errs []error
+	for _, l := range all {
+		p, err := holdPoint(l.Dir)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		p.id = l.Mount
+		errs = append(errs, p.unmount("", howForce))
+		p.close()
+	}
+	errs = append(errs, os.Remove(name))
+	return errors.Join(errs...)
+}
