@@ -21,7 +21,7 @@ demo: build ## export, mount and use a directory here, no VM needed; DIR=/some/d
 	@packaging/demo $(BIN) $(DIR)
 
 test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on real mounts
-	@.ci/deps fuse3 acl attr git
+	@.ci/deps fuse3 acl attr git dbus-daemon
 	$(GO) test -timeout 10m ./...
 
 test-vm: ## the same and more over real virtio-vsock, in a Debian VM (built and cached first)
