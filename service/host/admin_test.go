@@ -40,7 +40,9 @@ func TestAdmin(t *testing.T) {
 	}
 	g := keeper(t, h.addr, 1).connect()
 	f, id := g.mount("code")
-	until("it is mounted", func(ss []api.Session) bool { return len(ss) == 1 && len(ss[0].Mounts) == 1 && ss[0].Mounts[0].Streams == 1 })
+	until("it is mounted", func(ss []api.Session) bool {
+		return len(ss) == 1 && len(ss[0].Mounts) == 1 && ss[0].Mounts[0].Streams == 1
+	})
 	got := h.s.Sessions()
 	if got[0].Since.IsZero() || got[0].Peer == "" || strings.ContainsAny(got[0].ID, "-. ") {
 		t.Errorf("got %+v", got[0])

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"transfused.org/transfused/service/passthrough"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
@@ -34,6 +35,8 @@ type Server struct {
 	// strangers are behind a gate of their own: a guest's ordinary processes must not keep its root out.
 	strangers *gate
 	limits    confinement // of each worker; paths and capabilities come with the session
+
+	meter meter
 
 	reloading sync.Mutex // serializes Reconfigure; taken before mu
 
@@ -109,8 +112,8 @@ func newServer(c Config) *Server {
 	}
 	s := &Server{
 		conf: c, log: log, times: defaultTimes, refused: newRefusals(toldAgain, 20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
-		limits:   confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
-		watchers: map[chan struct{}]bool{}, sessions: map[*session]bool{}, quotas: map[identity]quota{},
+		limits: confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
+		meter:  meter{byTag: map[string]passthrough.Counts{}}, watchers: map[chan struct{}]bool{}, sessions: map[*session]bool{}, quotas: map[identity]quota{},
 	}
 	s.rules.Store(newPolicy(&c))
 	return s
@@ -249,6 +252,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 
 // refuse logs why a connection is not served.
 func (s *Server) refuse(p transport.Peer, err error) {
+	s.meter.refused.Add(1)
 	if ok, dropped := s.refused.allow(identify(p), err, time.Now()); ok {
 		s.log.Warn("connection refused", append([]any{"peer", p.String(), "address", p.Local.String(), "reason", err}, droppedAttr(dropped)...)...)
 	}

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"transfused.org/transfused/service/passthrough"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
@@ -43,6 +44,8 @@ type session struct {
 	seen    atomic.Int64 // when the guest last gave a sign of life, in ns after start; a suspended host's clock stands
 	work    sync.WaitGroup
 	busy    chan struct{} // one for each request being worked on
+
+	counting atomic.Bool // the worker has been asked for its counts, and not answered
 
 	starting sync.Mutex  // serializes starting the worker, and what it must be there for; taken before mu
 	confined confinement // of the worker; guarded by starting
@@ -83,6 +86,7 @@ type mount struct {
 	stood   bool        // its notify channel came: the guest had mounted it
 	reason  wire.Reason // why it ended, if the guest said so
 	notify  *transport.Conn
+	counts  passthrough.Counts
 	timeout *time.Timer // until its first stream came
 }
 
@@ -143,14 +147,16 @@ func (ss *session) sameProcess(p transport.Peer) bool {
 	return p.Family != transport.Unix || p.PID == ss.peer.PID
 }
 
-// spawn runs f in a goroutine that the session's end waits for, unless that has begun.
-func (ss *session) spawn(f func()) {
+// spawn runs f in a goroutine that the session's end waits for; false: that has begun.
+func (ss *session) spawn(f func()) bool {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	// run takes mu after ctx has ended and before it waits: work is not added to while it is waited for.
-	if ss.ctx.Err() == nil {
-		ss.work.Go(f)
+	if ss.ctx.Err() != nil {
+		return false
 	}
+	ss.work.Go(f)
+	return true
 }
 
 func (ss *session) lost() bool {
@@ -210,6 +216,7 @@ func (ss *session) run() {
 	ss.srv.tellStatus()
 	ss.srv.mu.Unlock()
 
+	ss.count(endTime) // for the last time
 	ss.mu.Lock()
 	c := ss.control
 	if ss.events != nil {
@@ -291,8 +298,9 @@ func (ss *session) workerFor(e *Export) (*workerProc, error) {
 		}
 	}
 	c.Caps = serverCaps(suid, dev)
-	w, err := startWorker(c, ss.log, workerEvents{ended: ss.mountEnded, lost: ss.streamLost, died: func(err error) {
+	w, err := startWorker(c, ss.log, workerEvents{ended: ss.mountEnded, lost: ss.streamLost, counted: ss.counted, died: func(err error) {
 		if err != nil {
+			ss.srv.meter.deaths.Add(1)
 			ss.log.Error("worker died: its session ends, no other", "error", err)
 			ss.cancel(fmt.Errorf("its worker died: %w", err))
 		}

@@ -34,6 +34,7 @@ type order struct {
 	Mount   *mountOrder   `json:",omitempty"` // with the export's directory
 	Stream  *streamOrder  `json:",omitempty"` // with the connection
 	Unmount *unmountOrder `json:",omitempty"`
+	Count   bool          `json:",omitempty"`
 }
 
 type mountOrder struct {
@@ -64,9 +65,13 @@ type report struct {
 	Text     string        `json:",omitempty"`
 	Warnings []string      `json:",omitempty"` // of Start
 	Ended    *endedReport  `json:",omitempty"`
+	Counts   counts        `json:",omitempty"` // of Count; and of the mount, of Unmount and Ended
 	Lost     *lostReport   `json:",omitempty"`
 	Log      *logReport    `json:",omitempty"`
 }
+
+// counts are what mounts have served, by their MountID.
+type counts map[uint32]passthrough.Counts
 
 // endedReport says that a mount ended, with its last stream. Text is empty when that was in order.
 type endedReport struct {
@@ -172,7 +177,9 @@ func (w *worker) obey(o *order, files []*os.File) (r report) {
 		used = true
 		err = w.stream(o.Stream, files[0])
 	case o.Unmount != nil:
-		w.unmount(o.Unmount.MountID)
+		r.Counts = w.unmount(o.Unmount.MountID)
+	case o.Count:
+		r.Counts = w.count()
 	default:
 		err = errors.New("unknown order")
 	}
@@ -289,7 +296,7 @@ func (w *worker) ended(id uint32, m *workerMount, s *workerStream, err error) {
 	if err != nil {
 		text = err.Error()
 	}
-	r := report{Ended: &endedReport{MountID: id, Text: text}}
+	r := report{Ended: &endedReport{MountID: id, Text: text}, Counts: counts{id: m.fs.Counts()}}
 	if kept {
 		r = report{Lost: &lostReport{MountID: id, Number: s.number, Text: text}}
 	}
@@ -297,23 +304,36 @@ func (w *worker) ended(id uint32, m *workerMount, s *workerStream, err error) {
 	_ = w.conn.Send(r)
 }
 
-// unmount ends a mount, by its stream if it has one.
-func (w *worker) unmount(id uint32) {
+// unmount ends a mount, by its stream if it has one, and tells what it has served.
+func (w *worker) unmount(id uint32) counts {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	m := w.mounts[id]
 	if m == nil {
-		return
+		return nil
 	}
+	c := counts{id: m.fs.Counts()}
 	if m.last != nil {
 		m.ending = true
 		m.last.conn.Shutdown()
-		return
+		return c
 	}
 	delete(w.mounts, id)
 	if err := m.fs.Close(); err != nil {
 		w.log.Warn("unmount", "mount", id, "error", err)
 	}
+	return c
+}
+
+// count tells what the mounts have served.
+func (w *worker) count() counts {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	c := counts{}
+	for id, m := range w.mounts {
+		c[id] = m.fs.Counts()
+	}
+	return c
 }
 
 // end ends all mounts and waits for their streams.

@@ -44,9 +44,10 @@ type workerProc struct {
 
 // workerEvents are called by the goroutine that reads a worker's reports.
 type workerEvents struct {
-	ended func(id uint32, text string)                // a mount
-	lost  func(id uint32, number uint64, text string) // a stream, of a mount that is kept
-	died  func(error)                                 // once, at the end: with nil when close asked for it
+	ended   func(id uint32, text string)                // a mount
+	lost    func(id uint32, number uint64, text string) // a stream, of a mount that is kept
+	counted func(counts)                                // what mounts have served
+	died    func(error)                                 // once, at the end: with nil when close asked for it
 }
 
 // startWorker starts a worker and has it confine itself.
@@ -94,6 +95,7 @@ func (w *workerProc) read() {
 				ch <- r
 			}
 		case r.Ended != nil:
+			w.events.counted(r.Counts)
 			w.events.ended(r.Ended.MountID, r.Ended.Text)
 		case r.Lost != nil:
 			w.events.lost(r.Lost.MountID, r.Lost.Number, r.Lost.Text)
@@ -132,6 +134,11 @@ func (w *workerProc) read() {
 // order has the worker do o, and waits for its answer. The files stay the
 // caller's.
 func (w *workerProc) order(o order, files ...*os.File) (report, error) {
+	return w.orderWithin(orderTime, o, files...)
+}
+
+// orderWithin is order with a bound of its own.
+func (w *workerProc) orderWithin(d time.Duration, o order, files ...*os.File) (report, error) {
 	ch := make(chan report, 1)
 	w.mu.Lock()
 	if w.waiting == nil {
@@ -143,7 +150,7 @@ func (w *workerProc) order(o order, files ...*os.File) (report, error) {
 	w.waiting[o.ID] = ch
 	w.mu.Unlock()
 	// A worker that reads no orders would block Send: it is killed then, too.
-	timer := time.AfterFunc(orderTime, func() { w.proc.Kill() })
+	timer := time.AfterFunc(d, func() { w.proc.Kill() })
 	defer timer.Stop()
 	if err := w.proc.Send(o, files...); err != nil {
 		if errors.Is(err, unix.EPIPE) || errors.Is(err, os.ErrClosed) {
@@ -196,8 +203,15 @@ func (w *workerProc) stream(id uint32, n uint64, c *transport.Conn, reply bool) 
 }
 
 func (w *workerProc) unmount(id uint32) error {
-	_, err := w.order(order{Unmount: &unmountOrder{id}})
+	r, err := w.order(order{Unmount: &unmountOrder{id}})
+	w.events.counted(r.Counts)
 	return err
+}
+
+// count has the worker tell what its mounts have served. One that does not within d is killed.
+func (w *workerProc) count(d time.Duration) (counts, error) {
+	r, err := w.orderWithin(d, order{Count: true})
+	return r.Counts, err
 }
 
 // close has the worker end, by force if need be, and waits for it.

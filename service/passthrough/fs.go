@@ -67,6 +67,8 @@ type FS struct {
 
 	session  atomic.Pointer[session] // nil before INIT
 	requests atomic.Uint64
+	received atomic.Uint64 // bytes of them
+	sent     atomic.Uint64 // bytes of replies
 
 	destroyed atomic.Bool // DESTROY came
 
@@ -181,6 +183,18 @@ func (fs *FS) unlock() {
 
 // Destroyed tells whether the guest has ended the mount (DESTROY), and not only a stream of it.
 func (fs *FS) Destroyed() bool { return fs.destroyed.Load() }
+
+// Counts are what a mount has served since New.
+type Counts struct {
+	Requests uint64
+	Received uint64 // bytes of requests
+	Sent     uint64 // bytes of replies
+}
+
+// Counts counts. It takes no lock.
+func (fs *FS) Counts() Counts {
+	return Counts{fs.requests.Load(), fs.received.Load(), fs.sent.Load()}
+}
 
 // Stats tell what a mount holds.
 type Stats struct {

@@ -241,6 +241,7 @@ func (s *stream) answer(r *request, op *op, keep bool) {
 	r.out = r.outSmall[:fuse.OutHeaderSize]
 	e := s.run(r, op)
 	s.fs.requests.Add(1)
+	s.fs.received.Add(uint64(r.hdr.Len))
 	if e == later || r.hdr.Opcode.NoReply() {
 		r.release()
 		if !keep {
@@ -265,6 +266,7 @@ func (s *stream) reply(first, b []byte, unique uint64, e fuse.Errno, keep bool) 
 		e = unix.EIO
 	}
 	fuse.Put(b, &fuse.OutHeader{Len: uint32(len(b)), Error: -int32(e), Unique: unique})
+	s.fs.sent.Add(uint64(len(first) + len(b)))
 	s.outMu.Lock()
 	defer s.outMu.Unlock()
 	fits := len(s.out)+len(first)+len(b) <= cap(s.out)
