@@ -122,6 +122,12 @@ func (s *Server) Reload(ctx context.Context) error {
 	if s.conf.Reread == nil {
 		return api.Errorf(api.Unsupported, "this server was started without a configuration that can be read again: restart it")
 	}
+	if s.started.Load() && s.conf.Reloading != nil {
+		s.conf.Reloading()
+		if s.conf.Ready != nil {
+			defer s.conf.Ready()
+		}
+	}
 	c, err := s.conf.Reread()
 	if err != nil {
 		s.refuseConfig(err)

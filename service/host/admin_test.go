@@ -12,8 +12,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/api"
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/wire"
 )
 
@@ -83,11 +85,25 @@ func TestReload(t *testing.T) {
 	code, docs := exportDir(t, "code"), exportDir(t, "docs")
 	var next Config
 	var nextErr error
-	h := startHost(t, Config{Exports: []Export{code}, Reread: func() (Config, error) { return next, nextErr }})
-	next = Config{Exports: []Export{code, docs}, Listen: h.s.conf.Listen}
+	states := make(chan string, 10)
+	tell := func(state string) func() { return func() { states <- state } }
+	h := startHost(t, Config{Exports: []Export{code}, Ready: tell("ready"), Reloading: tell("reloading"), Reread: func() (Config, error) {
+		states <- "read"
+		return next, nextErr
+	}})
+	if s := <-states; s != "ready" {
+		t.Errorf("at first it is %s", s)
+	}
+	next = Config{Exports: []Export{code, docs}, Listen: h.s.conf.Listen, Taken: tell("taken")}
 	if err := h.s.Reload(t.Context()); err != nil || len(h.s.Exports()) != 2 {
 		t.Errorf("%v, %+v", err, h.s.Exports())
 	}
+	for _, want := range []string{"reloading", "read", "taken", "ready"} {
+		if s := <-states; s != want {
+			t.Errorf("%s, want %s", s, want)
+		}
+	}
+	next.Taken = tell("a bad one is taken")
 	nextErr = errors.New("host.toml:3: unknown key")
 	var ae *api.Error
 	if err := h.s.Reload(t.Context()); !errors.As(err, &ae) || ae.Kind != api.Invalid || ae.Text != nextErr.Error() {
@@ -103,6 +119,13 @@ func TestReload(t *testing.T) {
 	}
 	if got := h.s.Exports(); len(got) != 2 {
 		t.Errorf("a bad configuration was taken: %+v", got)
+	}
+	for range 2 {
+		for _, want := range []string{"reloading", "read", "ready"} {
+			if s := <-states; s != want {
+				t.Errorf("%s, want %s", s, want)
+			}
+		}
 	}
 	h.s.conf.Reread = nil
 	if err := h.s.Reload(t.Context()); !errors.As(err, &ae) || ae.Kind != api.Unsupported {
@@ -128,4 +151,40 @@ func TestOptionsAsTheyAreShown(t *testing.T) {
 			t.Errorf("%q is shown as %q", options, got)
 		}
 	}
+}
+
+// What the journal has a text for is known by its id.
+func TestEvents(t *testing.T) {
+	code := exportDir(t, "code")
+	h := startHost(t, Config{Exports: []Export{code}})
+	g := keeper(t, h.addr, 1).connect()
+	h.logs.wait("guest connected", string(sd.SessionBegan), "peer=")
+	mounted := func() (*fuseConn, uint32) {
+		f, id := g.mount("code")
+		n := dial(t, h.addr)
+		send(t, n, &wire.NotifyOpen2{SessionID: g.id, MountID: id})
+		want[*wire.OpenReply](t, n)
+		return f, id
+	}
+	_, id := mounted()
+	h.logs.wait("mounted", string(sd.Mounted), "tag=code", "peer=")
+	send(t, g.c, &wire.Unmounted{MountID: id, Reason: wire.ReasonAsked, Text: "umount"})
+	h.logs.wait("mount ended", string(sd.Unmounted), "level=INFO")
+	_, id = mounted()
+	send(t, g.c, &wire.Unmounted{MountID: id, Reason: wire.ReasonProtocol, Text: "no FUSE"})
+	h.logs.wait("mount ended", string(sd.MountLost), "level=WARN", "no FUSE")
+	h.mustReconfigure(Config{Exports: []Export{code}})
+	h.logs.wait("configuration read again", string(sd.Reloaded))
+	if h.reconfigure(Config{}) == nil {
+		t.Error("an empty configuration was taken")
+	}
+	h.logs.wait("configuration refused", string(sd.ConfigRefused))
+	refusedStream(t, g, 99, unix.ENOENT)
+	h.logs.wait("connection refused", string(sd.ConnectionRefused), "peer=")
+	g.mount("code")
+	if err := unix.Kill(h.workerPids()[0], unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	h.logs.wait("worker died", string(sd.WorkerDied))
+	h.logs.wait("session ended", string(sd.SessionEnded))
 }

@@ -33,9 +33,12 @@ type Config struct {
 	// Inherited are sockets that this process was started with, beside those
 	// of Listen. Run closes them.
 	Inherited []*transport.Listener
-	Ready     func() // called once, when the server serves; nil: not
+	// Ready is called when the server serves, and again whenever a Reload is over; Reloading when one begins. Nil: not.
+	Ready, Reloading func()
 	// Reread reads the configuration again, from where this one came; nil: it can't be.
 	Reread func() (Config, error)
+	// Taken is called when Reconfigure has taken this configuration; nil: not.
+	Taken  func()
 	Status func(string) // called with how the server does, in words, when that changes; must not wait; nil: not
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
@@ -47,10 +48,17 @@ func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 	c := &control{Conn: conn, patience: ss.srv.times.write, ctx: ctx}
 	defer c.Close()
 	err := c.send(ss.answer(init))
-	if err == nil && ss.attach(c, init) {
+	attached, began := false, false
+	if err == nil {
+		attached, began = ss.attach(c, init)
+	}
+	if attached {
 		about := []any{"version", ss.version}
 		if ss.version >= wire.Version2 {
 			about = append(about, "software", quote(init.Software), "kernel", quote(init.Kernel))
+		}
+		if began {
+			about = append(about, sd.SessionBegan.Attr())
 		}
 		ss.log.Info("guest connected", about...)
 		ss.alive()
@@ -101,12 +109,13 @@ func bootID() (id [16]byte) {
 	return id
 }
 
-// attach makes c, which began with init, the session's channel, in place of one that it had.
-func (ss *session) attach(c *control, init *wire.Init) bool {
+// attach makes c, which began with init, the session's channel, in place of one that it had. Began
+// says that it had none before.
+func (ss *session) attach(c *control, init *wire.Init) (ok, began bool) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	if ss.ctx.Err() != nil {
-		return false
+		return false, false
 	}
 	if ss.control != nil {
 		ss.control.Close()
@@ -115,7 +124,8 @@ func (ss *session) attach(c *control, init *wire.Init) bool {
 	ss.heard(init)
 	ss.settleLocked()
 	clear(ss.untold) // who waited did so with the channel before
-	return true
+	began, ss.known = !ss.known, true
+	return true, began
 }
 
 // detach notes the end of c. Mounts that are in use go on without it.
@@ -279,7 +289,7 @@ func (ss *session) relayLog(text string, isError bool) {
 	if !ok {
 		return
 	}
-	attrs := append([]any{"text", quote(strings.TrimRight(text, "\n"))}, droppedAttr(dropped)...)
+	attrs := append([]any{"text", quote(strings.TrimRight(text, "\n")), sd.GuestSays.Attr()}, droppedAttr(dropped)...)
 	if isError {
 		ss.log.Warn("from the guest", attrs...) // an error is the host's own
 	} else {

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
@@ -35,6 +36,9 @@ func (s *Server) Reconfigure(c Config) error {
 	}
 	old, p := s.policy(), newPolicy(&c)
 	s.rules.Store(p)
+	if c.Taken != nil {
+		c.Taken()
+	}
 	for _, e := range p.exports {
 		if o := old.byTag(e.Tag); o == nil {
 			s.log.Info("export added", "tag", e.Tag, "dir", e.Dir)
@@ -57,13 +61,13 @@ func (s *Server) Reconfigure(c Config) error {
 	for _, ss := range sessions {
 		ss.reconfigured()
 	}
-	s.log.Info("configuration read again", "exports", len(p.exports), "guests", len(p.guests))
+	s.log.Info("configuration read again", "exports", len(p.exports), "guests", len(p.guests), sd.Reloaded.Attr())
 	return nil
 }
 
 // refuseConfig logs why a configuration is not taken.
 func (s *Server) refuseConfig(err error) {
-	s.log.Error("configuration refused: the one before stays in force", "reason", err)
+	s.log.Error("configuration refused: the one before stays in force", "reason", err, sd.ConfigRefused.Attr())
 }
 
 // sameAddresses refuses another list of addresses to listen on.

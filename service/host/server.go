@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/passthrough"
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
@@ -38,7 +39,8 @@ type Server struct {
 
 	meter meter
 
-	reloading sync.Mutex // serializes Reconfigure; taken before mu
+	started   atomic.Bool // it accepts, and Ready is about to be called or has been
+	reloading sync.Mutex  // serializes Reconfigure; taken before mu
 
 	wg sync.WaitGroup // all goroutines but the workers' readers, which the sessions wait for
 
@@ -206,6 +208,7 @@ func (s *Server) serve(ctx context.Context, ls []*transport.Listener) {
 	for _, l := range ls {
 		s.wg.Go(func() { s.accept(ctx, l) })
 	}
+	s.started.Store(true)
 	if s.conf.Ready != nil {
 		s.conf.Ready()
 	}
@@ -254,7 +257,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 func (s *Server) refuse(p transport.Peer, err error) {
 	s.meter.refused.Add(1)
 	if ok, dropped := s.refused.allow(identify(p), err, time.Now()); ok {
-		s.log.Warn("connection refused", append([]any{"peer", p.String(), "address", p.Local.String(), "reason", err}, droppedAttr(dropped)...)...)
+		s.log.Warn("connection refused", append([]any{"peer", p.String(), "address", p.Local.String(), "reason", err, sd.ConnectionRefused.Attr()}, droppedAttr(dropped)...)...)
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/passthrough"
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
@@ -54,6 +55,7 @@ type session struct {
 	worker  *workerProc
 	keeping context.Context                    // of the control channel that keepers are of
 	keepers map[string]context.CancelCauseFunc // one for each mount that the host asks for
+	known   bool                               // it has had a control channel
 	control *control                           // nil while it is lost
 	lostAt  time.Time                          // when it was lost; zero while it is there, or has not been yet
 	about   wire.Init                          // what the guest said at last
@@ -106,7 +108,7 @@ func newSession(ctx context.Context, s *Server, p transport.Peer, m *wire.Init) 
 	}
 	ss.heard(m)
 	ss.quota = s.quotaOf(ss.who)
-	ss.log = slog.New(limitedHandler{s.log.Handler(), ss.quota.own}).With("guest", p.String())
+	ss.log = slog.New(limitedHandler{s.log.Handler(), ss.quota.own}).With("peer", p.String())
 	if m.MaxWrite > 0 {
 		ss.write = min(ss.write, m.MaxWrite)
 	}
@@ -242,7 +244,7 @@ func (ss *session) run() {
 		w.close()
 	}
 	ss.work.Wait()
-	ss.log.Info("session ended", "reason", ss.reason())
+	ss.log.Info("session ended", "reason", ss.reason(), sd.SessionEnded.Attr())
 }
 
 // reason is why the session ends.
@@ -301,7 +303,7 @@ func (ss *session) workerFor(e *Export) (*workerProc, error) {
 	w, err := startWorker(c, ss.log, workerEvents{ended: ss.mountEnded, lost: ss.streamLost, counted: ss.counted, died: func(err error) {
 		if err != nil {
 			ss.srv.meter.deaths.Add(1)
-			ss.log.Error("worker died: its session ends, no other", "error", err)
+			ss.log.Error("worker died: its session ends, no other", "error", err, sd.WorkerDied.Attr())
 			ss.cancel(fmt.Errorf("its worker died: %w", err))
 		}
 	}})
@@ -453,10 +455,14 @@ func (ss *session) mountEnded(id uint32, text string) {
 		return
 	}
 	ss.srv.changed()
-	if text == "" {
-		ss.log.Info("mount ended", "tag", m.export.Tag, "dir", quote(m.dir))
+	about := []any{"tag", m.export.Tag, "dir", quote(m.dir)}
+	if text != "" {
+		about = append(about, "reason", quote(text))
+	}
+	if text == "" || m.retired || m.reason == wire.ReasonAsked || m.reason == wire.ReasonShutdown {
+		ss.log.Info("mount ended", append(about, sd.Unmounted.Attr())...)
 	} else {
-		ss.log.Warn("mount ended", "tag", m.export.Tag, "dir", quote(m.dir), "reason", quote(text))
+		ss.log.Warn("mount ended", append(about, sd.MountLost.Attr())...)
 	}
 }
 
@@ -539,7 +545,7 @@ func (ss *session) keepNotify(c *transport.Conn, m *mount) {
 	m.notify, m.stood = c, true
 	ss.mu.Unlock()
 	if first {
-		ss.log.Info("mounted", "tag", m.export.Tag, "dir", quote(m.dir), "read_only", m.export.ReadOnly)
+		ss.log.Info("mounted", "tag", m.export.Tag, "dir", quote(m.dir), "read_only", m.export.ReadOnly, sd.Mounted.Attr())
 	}
 	var b [4]byte
 	for {

@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
@@ -160,7 +161,7 @@ func TestGuestsLog(t *testing.T) {
 	g := newGuest(t, h.addr, 1).connect()
 	send(t, g.c, &wire.LogError{Text: "bad\nlevel=INFO msg=\"forged\" \x1b[31m"})
 	line := h.logs.wait("from the guest", "level=WARN")
-	if strings.Contains(line, "\x1b") || strings.Contains(line, "\nlevel") || !strings.Contains(line, "guest=") {
+	if strings.Contains(line, "\x1b") || strings.Contains(line, "\nlevel") || !strings.Contains(line, "peer=") || !strings.Contains(line, string(sd.GuestSays)) {
 		t.Errorf("log line %q", line)
 	}
 	for range 1000 {
