@@ -3,8 +3,10 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 
@@ -23,6 +25,8 @@ type flags struct {
 	guests    []host.Guest
 	file      string
 	tokenFile string
+	control   string
+	metrics   string
 	anyPort   bool
 	debug     bool
 }
@@ -56,8 +60,13 @@ func (f *flags) define(fs *pflag.FlagSet) {
 	fs.StringVarP(&f.file, "config", "c", "", "read `FILE` alone (TOML), in place of the system's configuration; flags win")
 	fs.StringVar(&f.tokenFile, "token-file", "", "`FILE` with the token that guests prove themselves by, where the transport does not (hybrid vsock)")
 	fs.BoolVar(&f.anyPort, "allow-unprivileged-guests", false, "serve guests' processes that are not root (source ports from 1024 on), or may not be")
+	fs.StringVar(&f.control, "control", nowhere, "`ADDR` of the control socket, for transfusectl: unix:PATH; \"none\" for none")
+	fs.StringVar(&f.metrics, "metrics", nowhere, "serve metrics (OpenMetrics) by HTTP at `ADDR`: HOST:PORT or unix:PATH; \"none\" for nowhere")
 	fs.BoolVar(&f.debug, "debug", false, "log more")
 }
+
+// nowhere is the address of what is not listened for.
+const nowhere = "none"
 
 // settable is a flag that is read by a function.
 type settable struct {
@@ -76,6 +85,8 @@ type configFile struct {
 	Listen            []transport.Addr          `toml:"listen"`
 	TokenFile         string                    `toml:"token-file"`
 	AllowUnprivileged bool                      `toml:"allow-unprivileged-guests"`
+	Control           string                    `toml:"control"`
+	Metrics           string                    `toml:"metrics"`
 	Debug             bool                      `toml:"debug"`
 	Export            map[string]map[string]any `toml:"export"`
 	Guest             map[string]struct {
@@ -84,18 +95,54 @@ type configFile struct {
 	} `toml:"guest"`
 }
 
+// settings are flags and configuration together.
+type settings struct {
+	host.Config
+	debug   bool
+	control transport.Addr // none: the zero value
+	metrics string         // HOST:PORT or unix:PATH; none: empty
+}
+
+func (s *settings) level() slog.Level {
+	if s.debug {
+		return slog.LevelDebug
+	}
+	return slog.LevelInfo
+}
+
+// addresses takes the addresses that are not for guests.
+func (s *settings) addresses(control, metrics string) error {
+	if control != nowhere {
+		a, err := transport.Parse(control)
+		if err == nil && a.Family != transport.Unix {
+			err = fmt.Errorf("%s: a Unix socket is wanted, unix:PATH", a)
+		}
+		if err != nil {
+			return fmt.Errorf("control: %w", err)
+		}
+		s.control = a
+	}
+	if metrics != nowhere {
+		if err := checkMetrics(metrics); err != nil {
+			return fmt.Errorf("metrics: %w", err)
+		}
+		s.metrics = metrics
+	}
+	return nil
+}
+
 // config puts configuration, flags and the sockets that this process was started with together. It changes nothing, so that
 // the server can have it again when it is told to reload.
-func (f *flags) config(set *pflag.FlagSet, inherited []*transport.Listener) (c host.Config, debug bool, err error) {
+func (f *flags) config(set *pflag.FlagSet, inherited []*transport.Listener) (all settings, err error) {
 	c, file, err := f.readConfig()
 	if err != nil {
-		return c, false, err
+		return all, err
 	}
 	tokenFile := f.tokenFile
 	if !set.Changed("token-file") {
 		tokenFile = file.TokenFile
 	}
-	c.AllowUnprivileged, debug = file.AllowUnprivileged, file.Debug
+	c.AllowUnprivileged, all.debug = file.AllowUnprivileged, file.Debug
 	if len(f.listen) > 0 {
 		c.Listen = f.listen
 	}
@@ -121,7 +168,17 @@ func (f *flags) config(set *pflag.FlagSet, inherited []*transport.Listener) (c h
 		c.AllowUnprivileged = f.anyPort
 	}
 	if set.Changed("debug") {
-		debug = f.debug
+		all.debug = f.debug
+	}
+	control, metrics := f.control, f.metrics
+	if !set.Changed("control") {
+		control = cmp.Or(file.Control, nowhere)
+	}
+	if !set.Changed("metrics") {
+		metrics = cmp.Or(file.Metrics, nowhere)
+	}
+	if err := all.addresses(control, metrics); err != nil {
+		return all, err
 	}
 	if tokenFile != "" {
 		c.Token, err = config.Token(tokenFile)
@@ -129,9 +186,10 @@ func (f *flags) config(set *pflag.FlagSet, inherited []*transport.Listener) (c h
 		c.Token, err = config.CredentialToken(f.root, "transfuse-host")
 	}
 	if err != nil {
-		return c, false, err
+		return all, err
 	}
-	return c, debug, c.Check()
+	all.Config = c
+	return all, c.Check()
 }
 
 // readConfig reads the configuration.

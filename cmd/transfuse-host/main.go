@@ -12,11 +12,13 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"transfused.org/transfused/service/admin"
 	"transfused.org/transfused/service/host"
 	"transfused.org/transfused/service/ipc"
 	"transfused.org/transfused/service/sd"
@@ -89,16 +91,19 @@ Options of an export (a comma in a directory is written \,):
   xattrmap=GUEST:HOST          rename attributes by prefix; may be repeated
   max-open-files=N, max-inodes=N    bounds of one guest's session
 
-The configuration is TOML: listen, token-file, allow-unprivileged-guests and debug,
+The configuration is TOML: listen, token-file, allow-unprivileged-guests, control, metrics and debug,
 tables [export.TAG] with dir and the options above, and tables [guest.NAME] with address and mounts. It is
 /etc/transfuse/host.toml, or that of /run or /usr/lib, with drop-ins in host.toml.d beside each; --config
 names one file instead.
 Flags win: --listen replaces the file's list; an --export or --guest replaces the one of
 the same tag or address.
 
-Started by systemd it listens on the sockets that it is passed (ListenStream=vsock::1524)
-beside those of --listen, tells when it is ready and how it does (Type=notify), and logs to
-the journal.
+While it runs, transfusectl reload --host has it read the configuration again, and shows its exports and sessions,
+by the control socket (--control). Metrics are served by HTTP at http://ADDR/metrics (--metrics).
+
+Started by systemd it listens on the sockets that it is passed (ListenStream=vsock::1524; one that
+is named control is the control socket) beside those of --listen, tells when it is ready and how it
+does (Type=notify), and logs to the journal.
 
 Exit codes: 0 ended in order (SIGINT, SIGTERM), 1 failed at run time, 2 bad usage or configuration.`,
 		Example: `  transfuse-host --listen unix:/tmp/h.sock --export code=/usr/share,ro
@@ -108,15 +113,7 @@ Exit codes: 0 ended in order (SIGINT, SIGTERM), 1 failed at run time, 2 bad usag
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			passed, errs := sd.Take()
-			if len(errs) > 0 {
-				return &runError{errs[0]}
-			}
-			c, debug, err := f.config(cmd.Flags(), passed.Listeners)
-			if err != nil {
-				return err
-			}
-			return serve(c, debug)
+			return f.serve(cmd.Flags())
 		},
 	}
 	cmd.SetVersionTemplate("transfuse-host {{.Version}}\n")
@@ -142,23 +139,74 @@ Exit codes: 0 ended in order (SIGINT, SIGTERM), 1 failed at run time, 2 bad usag
 
 func usageHint(err error) error { return fmt.Errorf("%w (transfuse-host --help)", err) }
 
-func serve(c host.Config, debug bool) error {
-	level := slog.LevelInfo
-	if debug {
-		level = slog.LevelDebug
+// serve runs the server until a signal ends it.
+func (f *flags) serve(set *pflag.FlagSet) error {
+	var level slog.LevelVar
+	log := slog.New(sd.LogHandler(os.Stderr, &level))
+	passed, errs := sd.Take()
+	for _, err := range errs {
+		log.Error("a socket that was passed is not used", "error", err)
 	}
-	c.Log = slog.New(sd.LogHandler(os.Stderr, level))
-	c.Ready, c.Status = sd.Ready, sd.Status
-	c.Software = "transfuse-host " + version
+	read := func() (settings, error) {
+		all, err := f.config(set, passed.Listeners)
+		all.Log, all.Version, all.Software = log, version, "transfuse-host "+version
+		all.Ready, all.Reloading, all.Status = sd.Ready, sd.Reloading, sd.Status
+		all.Taken = func() { level.Set(all.level()) }
+		return all, err
+	}
+	all, err := read()
+	if err != nil {
+		passed.Close()
+		return err
+	}
+	all.Taken()
+	all.Reread = func() (host.Config, error) {
+		now, err := read()
+		if err == nil && (now.control != all.control || now.metrics != all.metrics) {
+			err = errors.New("control and metrics don't change while the server runs: restart it, or leave them as they were")
+		}
+		return now.Config, err
+	}
+	s, err := host.New(all.Config)
+	if err != nil {
+		passed.Close()
+		return err
+	}
+	return runServer(s, all, passed)
+}
+
+// runServer runs s, and beside it what serves the administrator.
+func runServer(s *host.Server, all settings, passed *sd.Passed) error {
+	control, metrics, err := all.listen(passed.Control)
+	if err != nil {
+		passed.Close()
+		return &runError{err}
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	// A second signal ends the process at once.
 	context.AfterFunc(ctx, func() { sd.Stopping(); stop() })
-	s, err := host.New(c)
-	if err != nil {
-		return err
+	// What goes on beside the server ends after it.
+	beside, end := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer end()
+	if control != nil {
+		wg.Go(func() {
+			if err := admin.ServeHost(beside, control, s, version, all.Log); err != nil {
+				all.Log.Error("the control socket is not served any more", "error", err)
+			}
+		})
+	}
+	if metrics != nil {
+		wg.Go(func() {
+			if err := serveMetrics(beside, metrics, s.Metrics()); err != nil {
+				all.Log.Error("the metrics are not served any more", "error", err)
+			}
+		})
 	}
 	if err := s.Run(ctx); err != nil {
+		sd.Failed(err)
 		return &runError{err}
 	}
 	return nil

@@ -90,6 +90,10 @@ func TestMistakes(t *testing.T) {
 		{"token for all to read", []string{"--listen", sock, export, "--token-file", write(t, "t", "0123456789abcdef", 0o644)}, 2, []string{"chmod 600"}},
 		{"short token", []string{"--listen", sock, export, "--token-file", write(t, "t", "short\n", 0o600)}, 2, []string{"5 bytes"}},
 		{"empty token", []string{"--listen", sock, export, "--token-file", write(t, "t", "", 0o600)}, 2, []string{"0 bytes"}},
+		{"control over vsock", []string{"--listen", sock, export, "--control", "vsock:any:1"}, 2, []string{"control: ", "unix:PATH"}},
+		{"control in use", []string{"--listen", sock, export, "--control", "unix:" + inUse}, 1, []string{inUse, "in use"}},
+		{"metrics nowhere", []string{"--listen", sock, export, "--metrics", "9124"}, 2, []string{"metrics: ", "HOST:PORT"}},
+		{"metrics in use", []string{"--listen", sock, export, "--metrics", "unix:" + inUse}, 1, []string{"metrics: ", inUse, "in use"}},
 		{"no configuration", []string{"--config", "/no/such.toml"}, 2, []string{"/no/such.toml"}},
 		{"not TOML", []string{config("listen = [\n\nx")}, 2, []string{"c.toml:"}},
 		{"unknown key", []string{config("debug = true\nfast = true\n")}, 2, []string{"c.toml:2", "fast"}},
@@ -175,11 +179,11 @@ mounts = ["code=/mnt/code,nosuid"]
 			if err := cmd.ParseFlags(append([]string{"--config", path}, c.args...)); err != nil {
 				t.Fatal(err)
 			}
-			got, _, err := f.config(cmd.Flags(), nil)
+			got, err := f.config(cmd.Flags(), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(c.want, got); diff != "" {
+			if diff := cmp.Diff(c.want, got.Config); diff != "" {
 				t.Error(diff)
 			}
 		})
@@ -216,8 +220,8 @@ func TestSystemConfig(t *testing.T) {
 	}
 	check := func() {
 		t.Helper()
-		got, _, err := f.config(cmd.Flags(), nil)
-		if diff := cmp.Diff(want, got); diff != "" || err != nil {
+		got, err := f.config(cmd.Flags(), nil)
+		if diff := cmp.Diff(want, got.Config); diff != "" || err != nil {
 			t.Error(err, diff)
 		}
 	}
@@ -229,7 +233,7 @@ func TestSystemConfig(t *testing.T) {
 	check()
 
 	put("etc/transfuse/host.toml.d/2.toml", "\n[export.code]\nsquash = \"x\"\n")
-	_, _, err := f.config(cmd.Flags(), nil)
+	_, err := f.config(cmd.Flags(), nil)
 	if err == nil || !strings.Contains(err.Error(), "/etc/transfuse/host.toml.d/2.toml:3: export code: option squash: ") {
 		t.Error(err)
 	}
