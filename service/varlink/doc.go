@@ -12,7 +12,7 @@
 //     it (SO_PEERCRED).
 //   - A server is bounded against its clients: the length of a call, the calls that wait behind one, connections of one user and of all
 //     users, the time for which a reply may lie unread. Root and the server's own user have connections apart, so that others can't keep
-//     them out. Descriptors are taken from those two alone.
+//     them out. Descriptors are taken from those two alone, those of others are dropped.
 //   - A connection serves one call at a time, as varlink has it. Meanwhile it is read on, so that the end of its client ends the
 //     call's context.
 //   - A message that is none ends its connection, after a reply that says why.

@@ -26,7 +26,7 @@ type stream struct {
 	conn *transport.Conn
 	raw  syscall.RawConn
 	max  int  // bytes of a message that is received
-	take bool // descriptors that come
+	take bool // descriptors that come; else the kernel drops them
 
 	buf     []byte // what was received and not yet returned
 	scanned int    // bytes at the start of buf that have no NUL
@@ -123,9 +123,7 @@ func (s *stream) receive() error {
 	switch {
 	case err != nil:
 		return err
-	case flags&unix.MSG_CTRUNC != 0 && !s.take:
-		return errors.New("descriptors are not taken from this user")
-	case flags&unix.MSG_CTRUNC != 0 || len(s.files) > MaxFiles:
+	case flags&unix.MSG_CTRUNC != 0 && s.take, len(s.files) > MaxFiles:
 		return fmt.Errorf("there are more descriptors than can be taken: %d a message at most", MaxFiles)
 	}
 	return nil

@@ -523,6 +523,8 @@ func asNobody(t *testing.T, f func()) {
 func TestOthersAreBounded(t *testing.T) {
 	path := testServer(t, map[string]Method{"Who": func(_ context.Context, c *Call) error {
 		return c.Reply(echo{N: int(c.Peer.UID), Text: fmt.Sprint(Privileged(c.Peer))})
+	}, "Files": func(_ context.Context, c *Call) error {
+		return c.Reply(echo{N: len(c.Files)})
 	}})
 	root := dial(t, path)
 	asNobody(t, func() {
@@ -552,12 +554,16 @@ func TestOthersAreBounded(t *testing.T) {
 		if _, err := more.Call(t.Context(), testInterface+".Who", nil, nil); err == nil || err.Error() != "uid 65534 has 32 connections already: end some" {
 			t.Errorf("one connection too many: %v", err)
 		}
-		_, err = first.Call(t.Context(), testInterface+".Who", nil, nil, pipeWith(t, ""))
-		if err == nil || !strings.Contains(err.Error(), "descriptors are not taken from this user") {
-			t.Errorf("a descriptor of another user: %v", err)
+		var files echo
+		if _, err = first.Call(t.Context(), testInterface+".Files", nil, &files, pipeWith(t, "")); err != nil || files.N != 0 {
+			t.Errorf("descriptors of another user: %d, %v", files.N, err)
 		}
 	})
 	var who echo
+	var files echo
+	if _, err := root.Call(t.Context(), testInterface+".Files", nil, &files, pipeWith(t, "")); err != nil || files.N != 1 {
+		t.Errorf("descriptors of root: %d, %v", files.N, err)
+	}
 	if _, err := root.Call(t.Context(), testInterface+".Who", nil, &who); err != nil || who != (echo{"true", 0}) {
 		t.Errorf("root: %+v, %v", who, err)
 	}
