@@ -29,7 +29,7 @@ const (
 	mountFailure   = 32
 )
 
-// hostPatience is how long a mount waits for its host, unless x-transfuse.timeout= says otherwise: as long as systemd waits for a unit.
+// hostPatience is how long a mount waits for its host, unless transfuse.timeout= says otherwise: as long as systemd waits for a unit.
 const hostPatience = 90 * time.Second
 
 // helperCall is a call of mount(8), or of systemd's mount units, which go through it.
@@ -106,6 +106,12 @@ func parseHelper(args []string) (c helperCall, err error) {
 	return c, c.parseOptions(lists)
 }
 
+// Options of this helper. They don't begin with x-: mount(8) keeps such options from helpers.
+const (
+	optTimeout = "transfuse.timeout" // seconds that it waits for the host
+	optSocket  = "transfuse.socket"  // the daemon's control socket
+)
+
 // others are options that are for mount(8), systemd or fuse, and mean nothing here.
 var others = []string{"", "defaults", "_netdev", "nofail", "noauto", "auto", "user", "users", "nouser", "owner", "group",
 	"comment", "user_id", "group_id", "rootmode", "fd"}
@@ -116,13 +122,13 @@ func (c *helperCall) parseOptions(lists []string) error {
 		switch {
 		case key == "remount":
 			c.remount = true
-		case key == "x-transfuse.timeout":
+		case key == optTimeout:
 			n, err := strconv.ParseUint(value, 10, 31)
 			if err != nil || n == 0 {
 				return fmt.Errorf("option %q: a number of seconds from 1 is wanted", opt)
 			}
 			c.timeout = time.Duration(n) * time.Second
-		case key == "x-transfuse.socket":
+		case key == optSocket:
 			c.socket = value
 		case slices.Contains(others, key), strings.HasPrefix(key, "x-"), strings.HasPrefix(key, "X-"):
 		default:
@@ -211,7 +217,7 @@ func (c *helperCall) mount(ctx context.Context, g *admin.GuestClient, p place) e
 		if s, serr := g.GetStatus(ask); serr == nil {
 			host = "the host at " + s.Server
 		}
-		return fmt.Errorf("%s: %s has not answered within %s: see that transfuse-host runs there, or wait longer by x-transfuse.timeout=SECONDS: %w", c.source, host, c.timeout, err)
+		return fmt.Errorf("%s: %s has not answered within %s: see that transfuse-host runs there, or wait longer by transfuse.timeout=SECONDS: %w", c.source, host, c.timeout, err)
 	}
 	if err == nil && c.verbose {
 		fmt.Printf("%s mounted on %s, id %s\n", clean(m.Tag), clean(m.Directory), clean(m.ID))

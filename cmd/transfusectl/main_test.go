@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -48,17 +49,23 @@ func TestScripts(t *testing.T) {
 				e.Setenv(k, v)
 			}
 			e.Values["guest"] = newGuest()
+			self, err := exec.LookPath("mount.transfuse")
+			if err != nil {
+				return err
+			}
+			e.Setenv("HELPER", self)
 			return os.Chmod(dir, 0o755)
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"guest":    serveGuest,
-			"host":     serveHost,
-			"connect":  connect,
-			"calls":    calls,
-			"exitcode": exitCode,
-			"nobody":   nobody,
-			"terminal": terminal,
-			"stall":    stall,
+			"guest":     serveGuest,
+			"host":      serveHost,
+			"connect":   connect,
+			"calls":     calls,
+			"exitcode":  exitCode,
+			"nobody":    nobody,
+			"terminal":  terminal,
+			"stall":     stall,
+			"namespace": namespace,
 		},
 	})
 }
@@ -155,6 +162,40 @@ func calls(ts *testscript.TestScript, neg bool, args []string) {
 	if got := theGuest(ts).Calls(); !slices.Equal(got, args) {
 		ts.Fatalf("the daemon was told\n%q, not\n%q", got, args)
 	}
+}
+
+// namespace NAME: make a mount namespace that is there until the script ends, and put its path into NAME.
+func namespace(ts *testscript.TestScript, neg bool, args []string) {
+	made, end := make(chan error), make(chan bool)
+	var path string
+	go onThread(func() {
+		err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS)
+		if err == nil {
+			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+		}
+		path = fmt.Sprintf("/proc/%d/task/%d/ns/mnt", os.Getpid(), unix.Gettid())
+		made <- err
+		<-end
+	})
+	ts.Check(<-made)
+	ts.Defer(func() { close(end) })
+	ts.Setenv(args[0], path)
+}
+
+// onThread calls f on a thread that ends with it, and is not the main one, whose state /proc/self shows.
+func onThread(f func()) {
+	done := make(chan bool)
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and not unlocked: what f did to the thread ends with this goroutine
+		if unix.Gettid() != unix.Getpid() {
+			f()
+			return
+		}
+		onThread(f) // this goroutine has the main thread meanwhile
+		runtime.UnlockOSThread()
+	}()
+	<-done
 }
 
 // stall PATH: a socket at which nobody answers.

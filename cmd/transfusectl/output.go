@@ -219,13 +219,10 @@ func moment(t time.Time) string {
 // size is a number of bytes in at most 5 characters.
 func size(n float64) string {
 	for _, unit := range []string{"", "K", "M", "G", "T", "P"} {
-		if n < 999.5 && unit == "" {
-			return fmt.Sprintf("%.0f", n)
-		}
-		if n < 99.95 {
+		switch {
+		case n < 99.95 && unit != "":
 			return fmt.Sprintf("%.1f%s", n, unit)
-		}
-		if n < 1023.5 {
+		case n < 1023.5:
 			return fmt.Sprintf("%.0f%s", n, unit)
 		}
 		n /= 1024

@@ -397,22 +397,35 @@ func TestNotRunning(t *testing.T) {
 	}
 }
 
-// asNobody calls f on a thread that is another user, and ends the thread.
+// onThread calls f on a thread that ends with it, and is not the main one, whose state /proc/self shows.
+func onThread(f func()) {
+	done := make(chan bool)
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and not unlocked: what f did to the thread ends with this goroutine
+		if unix.Gettid() != unix.Getpid() {
+			f()
+			return
+		}
+		onThread(f) // this goroutine has the main thread meanwhile
+		runtime.UnlockOSThread()
+	}()
+	<-done
+}
+
+// asNobody calls f as another user.
 func asNobody(t *testing.T, f func()) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Fatal("only root can become another user: run this test as root")
 	}
-	done := make(chan syscall.Errno)
-	go func() {
-		runtime.LockOSThread() // and not unlocked: the thread ends with this goroutine
-		_, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, 65534, 65534, 65534)
-		if errno == 0 {
+	var errno unix.Errno
+	onThread(func() {
+		if _, _, errno = unix.RawSyscall(unix.SYS_SETRESUID, 65534, 65534, 65534); errno == 0 {
 			f()
 		}
-		done <- errno
-	}()
-	if errno := <-done; errno != 0 {
+	})
+	if errno != 0 {
 		t.Fatal(errno)
 	}
 }
