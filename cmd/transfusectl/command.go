@@ -77,7 +77,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage, 3 the daemon is not running; status a
 	cmd.RegisterFlagCompletionFunc("json", cobra.FixedCompletions([]string{"pretty", "short", "off"}, cobra.ShellCompDirectiveNoFileComp))
 	for _, c := range []*cobra.Command{
 		newStatus(&a), newMounts(&a), newMount(&a), newUnmount(&a), newExports(&a), newSessions(&a), newReload(&a), newWait(&a),
-		newTop(&a), newTrace(&a), newDoctor(&a), newBugReport(&a),
+		newTop(&a), newTrace(&a), newDoctor(&a), newBugReport(&a), newCatConfig(&a),
 	} {
 		cmd.AddCommand(c)
 	}
@@ -177,7 +177,7 @@ func (a *app) probe(ctx context.Context, host bool) (err error) {
 func (a *app) failed(err error) error {
 	program, unit := "transfused", "transfused-control.socket"
 	if a.host {
-		program, unit = "transfuse-host", "transfuse-host.service"
+		program, unit = "transfuse-host", "transfuse-host-control.socket"
 	}
 	var known *exitError
 	switch {

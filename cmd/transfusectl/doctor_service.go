@@ -16,7 +16,7 @@ import (
 // units are those of the packages, the service first.
 func units(host bool) []string {
 	if host {
-		return []string{"transfuse-host.service", "transfuse-host.socket"}
+		return []string{"transfuse-host.service", "transfuse-host.socket", "transfuse-host-control.socket"}
 	}
 	return []string{"transfused.service", "transfused.socket", "transfused-control.socket"}
 }
@@ -67,6 +67,9 @@ func (m machine) checkSystemd(ctx context.Context, f *findings, host bool) {
 			f.warn(name, "systemctl unmask "+name, "it is masked")
 		case u["ActiveState"] == "failed":
 			f.err(name, "journalctl -xeu "+name+"; then systemctl restart "+name, "it has failed: %s", u["Result"])
+		case name == "transfuse-host.socket" && u["ActiveState"] != "active":
+			// It is enabled by who has exports, and one of users or of hybrid vsock has no need of it.
+			f.warn(name, "systemctl enable --now "+name, "it is %s: no guest reaches transfuse-host by vsock", state)
 		case strings.HasSuffix(name, ".socket") && u["ActiveState"] != "active":
 			f.err(name, "systemctl enable --now "+name, "it is %s", state)
 		case strings.HasSuffix(name, ".socket") && u["UnitFileState"] == "disabled":
@@ -102,7 +105,7 @@ func (a *app) notAnswered(f *findings, name string, err error) bool {
 	case admin.NotRunning(err):
 		unit := "transfused-control.socket"
 		if a.host {
-			unit = "transfuse-host.service"
+			unit = "transfuse-host-control.socket"
 		}
 		f.err(name, "systemctl start "+unit, "nobody listens at %s", a.socket)
 	default:

@@ -180,6 +180,8 @@ func TestDoctor(t *testing.T) {
 			want: []string{"error transfused.service: it has failed: watchdog / journalctl -xeu transfused.service; then systemctl restart"}},
 		{name: "socket not started", change: unit("transfused.socket", "LoadState=loaded\nActiveState=inactive\nSubState=dead\n"),
 			want: []string{"error transfused.socket: it is inactive (dead) / systemctl enable --now transfused.socket"}},
+		{name: "host's socket not started", host: true, change: unit("transfuse-host.socket", "LoadState=loaded\nActiveState=inactive\nSubState=dead\n"),
+			want: []string{"warning transfuse-host.socket: it is inactive (dead): no guest reaches transfuse-host by vsock / systemctl enable --now transfuse-host.socket"}},
 		{name: "socket not enabled", change: unit("transfused-control.socket", "LoadState=loaded\nActiveState=active\nSubState=listening\nUnitFileState=disabled\n"),
 			want: []string{"warning transfused-control.socket: it is active (listening), but will not be after the next boot / systemctl enable"}},
 		{name: "masked", host: true, change: unit("transfuse-host.service", "LoadState=masked\nMainPID=0\n"), want: []string{"warning transfuse-host.service: it is masked / systemctl unmask"}},
