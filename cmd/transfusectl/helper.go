@@ -32,10 +32,41 @@ const (
 // hostPatience is how long a mount waits for its host, unless transfuse.timeout= says otherwise: as long as systemd waits for a unit.
 const hostPatience = 90 * time.Second
 
+// helperUsage is what mount.transfuse says of itself.
+const helperUsage = `mount.transfuse TAG DIR [-sfnv] [-N NAMESPACE] [-t TYPE] [-o OPTION[,OPTION…]]
+
+mount.transfuse mounts the host's export TAG at the directory DIR. mount(8) and systemd call it for the types transfuse and fuse.transfuse, as
+in fstab:
+
+  code  /mnt/code  transfuse  ro,nofail  0 0
+
+It has transfused make the mount, which systemd starts for it where that is not running yet, and returns when the mount stands. In another
+mount namespace than the daemon's it mounts there. With the option remount it makes a mount read-only or writable.
+
+  -s            leave out options that are not known
+  -f            check the arguments, and mount nothing
+  -n            nothing: there is no /etc/mtab to write
+  -v            say what was mounted
+  -N NAMESPACE  mount in the mount namespace of a process (its id), or that a path names
+  -t TYPE       transfuse or fuse.transfuse
+  -o OPTIONS    ro, rw, suid, nosuid, dev, nodev, exec, noexec, atime, noatime, relatime, sync, async, dirsync, allow_other,
+                default_permissions, fsname=NAME, max_read=BYTES; and
+                transfuse.timeout=SECONDS  how long to wait for the host (90)
+                transfuse.socket=PATH      the daemon's control socket (` + api.GuestSocket + `)
+                remount                    with ro or rw; other options stay as they are
+                Those of mount(8) and systemd, as nofail, noauto, _netdev and all with x-, are theirs.
+  -h, -V        this text; the version
+
+Exit codes, as mount(8) has them: 0 done, 1 bad usage or no right to mount, 2 the daemon is not there, 4 a fault of this program, 8 interrupted,
+32 the mount failed.
+`
+
 // helperCall is a call of mount(8), or of systemd's mount units, which go through it.
 type helperCall struct {
 	source, dir string
 	fake        bool   // -f: everything but the mount
+	help        bool   // -h
+	version     bool   // -V
 	sloppy      bool   // -s: leave out options that are not known
 	verbose     bool   // -v
 	namespace   string // -N: of a process, or a path
@@ -57,12 +88,19 @@ func parseHelper(args []string) (c helperCall, err error) {
 			operands = append(operands, arg)
 			continue
 		}
+		if arg == "--help" || arg == "--version" {
+			arg = map[string]string{"--help": "-h", "--version": "-V"}[arg]
+		}
 		if arg == "--" {
 			operands = append(operands, args...)
 			break
 		}
 		for i := 1; i < len(arg); i++ {
 			switch arg[i] {
+			case 'h':
+				c.help = true
+			case 'V':
+				c.version = true
 			case 's':
 				c.sloppy = true
 			case 'f':
@@ -90,12 +128,15 @@ func parseHelper(args []string) (c helperCall, err error) {
 				}
 				i = len(arg)
 			default:
-				return c, fmt.Errorf("option %q is not known: usage: mount.transfuse TAG DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS]", arg)
+				return c, fmt.Errorf("option %q is not known: mount.transfuse -h tells how it is called", arg)
 			}
 		}
 	}
+	if c.help || c.version {
+		return c, nil
+	}
 	if len(operands) != 2 {
-		return c, fmt.Errorf("%d operands where a tag and a directory are wanted: usage: mount.transfuse TAG DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS]", len(operands))
+		return c, fmt.Errorf("%d operands where a tag and a directory are wanted: mount.transfuse -h tells how it is called", len(operands))
 	}
 	if c.source = operands[0]; c.source == "" {
 		return c, errors.New("the tag of an export is missing")
@@ -113,7 +154,7 @@ const (
 )
 
 // others are options that are for mount(8), systemd or fuse, and mean nothing here.
-var others = []string{"", "defaults", "_netdev", "nofail", "noauto", "auto", "user", "users", "nouser", "owner", "group",
+var others = []string{"", "defaults", "_netdev", "nofail", "noauto", "auto", "users", "nouser", "owner", "group", "user",
 	"comment", "user_id", "group_id", "rootmode", "fd"}
 
 func (c *helperCall) parseOptions(lists []string) error {
@@ -144,6 +185,8 @@ func (c *helperCall) parseOptions(lists []string) error {
 	return nil
 }
 
+var errInterrupted = errors.New("it was interrupted")
+
 // errUsage and errSystem give an error its exit code.
 type errUsage struct{ error }
 type errSystem struct{ error }
@@ -164,7 +207,7 @@ func mountExit(err error) int {
 		return mountUsage
 	case errors.As(err, &s):
 		return mountSystem
-	case errors.Is(err, context.Canceled):
+	case errors.Is(err, errInterrupted):
 		return mountInterrupt
 	case errors.As(err, &a), errors.As(err, &errno), errors.Is(err, context.DeadlineExceeded):
 		return mountFailure
@@ -178,7 +221,14 @@ func mountHelper(ctx context.Context, args []string) error {
 	if err != nil {
 		return errUsage{err}
 	}
-	if c.fake {
+	switch {
+	case c.help:
+		fmt.Print(helperUsage)
+		return nil
+	case c.version:
+		fmt.Println("mount.transfuse", version)
+		return nil
+	case c.fake:
 		return nil
 	}
 	g := admin.NewGuest(c.socket)
@@ -198,7 +248,7 @@ func mountHelper(ctx context.Context, args []string) error {
 	case admin.NotRunning(err):
 		return errSystem{fmt.Errorf("%s: nobody listens at the control socket %s: systemctl start transfused-control.socket", c.source, c.socket)}
 	case err != nil && ctx.Err() != nil:
-		return fmt.Errorf("%s: it was interrupted: %w", c.source, context.Canceled)
+		return fmt.Errorf("%s: %w", c.source, errInterrupted)
 	}
 	return err
 }

@@ -60,6 +60,7 @@ func TestScripts(t *testing.T) {
 			"guest":     serveGuest,
 			"host":      serveHost,
 			"connect":   connect,
+			"waits":     waits,
 			"calls":     calls,
 			"exitcode":  exitCode,
 			"nobody":    nobody,
@@ -149,11 +150,16 @@ func serveHost(ts *testscript.TestScript, neg bool, args []string) {
 	serve(ts, ts.Getenv("H"), func(ctx context.Context, l *transport.Listener) error { return admin.ServeHost(ctx, l, h, "1.2", nil) })
 }
 
-// connect: the host is there as soon as a call waits for it.
-func connect(ts *testscript.TestScript, neg bool, args []string) {
+// waits: a call waits for the host.
+func waits(ts *testscript.TestScript, neg bool, args []string) {
 	ctx, cancel := context.WithTimeout(context.Background(), wait)
 	defer cancel()
 	ts.Check(theGuest(ts).AwaitWaiting(ctx, 1))
+}
+
+// connect: the host is there as soon as a call waits for it.
+func connect(ts *testscript.TestScript, neg bool, args []string) {
+	waits(ts, neg, args)
 	theGuest(ts).Connect(true)
 }
 
@@ -256,7 +262,9 @@ func terminal(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	rows, err := strconv.ParseUint(args[1], 10, 16)
 	ts.Check(err)
-	until, keys := args[2], args[3]
+	until := args[2]
+	keys, err := strconv.Unquote(`"` + args[3] + `"`)
+	ts.Check(err)
 
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
 	ts.Check(err)

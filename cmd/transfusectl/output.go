@@ -60,7 +60,8 @@ func (a *app) show(cmd *cobra.Command, v any, text func(io.Writer)) error {
 	var b bytes.Buffer
 	text(&b)
 	if name := pager(); a.terminal && !a.noPager && name != nil {
-		p := exec.CommandContext(cmd.Context(), name[0], name[1:]...)
+		// Not with the command's context: Ctrl-C is for the pager, which may not end by it.
+		p := exec.Command(name[0], name[1:]...)
 		p.Stdin, p.Stdout, p.Stderr = &b, os.Stdout, os.Stderr
 		// F: none for what fits the screen; R: colors; X: leave it there. LESSSECURE: it may be started by sudo.
 		p.Env = append(os.Environ(), "LESS=FRSXMK", "LESSCHARSET=utf-8", "LESSSECURE=1")
