@@ -2,26 +2,65 @@
 # `make help` lists the targets: what stands behind ## is their description.
 
 export CGO_ENABLED := 0
-GO      ?= go
-BIN     := bin
-VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
-LDFLAGS := -s -w -X main.version=$(VERSION)
+GO       ?= go
+BIN      := bin
+DIST     := dist
+# The release is the one of debian/changelog. A tree from git that is not that release's tag is a version before it.
+RELEASE  := $(shell sed -n '1s/.*(\([^-)]*\).*/\1/p' debian/changelog)
+VERSION  := $(shell packaging/version $(RELEASE))
+GOLDFLAGS := -s -w
+GOBUILD   = $(GO) build -trimpath $(GOBUILDFLAGS) -ldflags '$(GOLDFLAGS) -X main.version=$(VERSION)'
+
+# Where install puts things.
+PREFIX     := /usr
+BINDIR     := $(PREFIX)/bin
+SBINDIR    := $(PREFIX)/sbin
+LIBDIR     := $(PREFIX)/lib
+UNITDIR    := $(LIBDIR)/systemd/system
+DATADIR    := $(PREFIX)/share
+SYSCONFDIR := /etc
+ZSHDIR     := zsh/vendor-completions
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-vm bench fuzz lint clean
+.PHONY: help build man install demo test test-vm bench fuzz lint dist deb deb-forky rpm clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build the programs into bin/
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
+	$(GOBUILD) -o $(BIN)/ ./cmd/...
+
+man: ## the manual pages into bin/man/
+	packaging/man/build $(BIN)/man
+
+I   = install -D -m 0644 -t $(DESTDIR)
+install: build man ## everything into DESTDIR, as packages have it
+	install -D -t $(DESTDIR)$(BINDIR) $(BIN)/transfused $(BIN)/transfuse-host $(BIN)/transfusectl
+	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(LIBDIR)/systemd/system-generators $(DESTDIR)$(SYSCONFDIR)/transfuse
+	ln -sfr $(DESTDIR)$(BINDIR)/transfusectl $(DESTDIR)$(SBINDIR)/mount.transfuse
+	ln -sfr $(DESTDIR)$(BINDIR)/transfusectl $(DESTDIR)$(SBINDIR)/mount.fuse.transfuse
+	ln -sfr $(DESTDIR)$(BINDIR)/transfused $(DESTDIR)$(LIBDIR)/systemd/system-generators/transfused-generator
+	$I$(UNITDIR) systemd/*.socket systemd/*.service
+	install -D -m 0644 systemd/transfused.tmpfiles $(DESTDIR)$(LIBDIR)/tmpfiles.d/transfused.conf
+	install -D -m 0644 systemd/transfuse-host.tmpfiles $(DESTDIR)$(LIBDIR)/tmpfiles.d/transfuse-host.conf
+	install -D -m 0644 systemd/transfused.preset $(DESTDIR)$(LIBDIR)/systemd/system-preset/80-transfused.preset
+	$I$(LIBDIR)/systemd/catalog systemd/transfused.catalog
+	$I$(DATADIR)/dbus-1/system.d packaging/dbus/*.conf
+	$I$(DATADIR)/dbus-1/system-services packaging/dbus/*.service
+	$I$(DATADIR)/polkit-1/actions packaging/dbus/*.policy
+	for s in 1 5 7 8; do $I$(DATADIR)/man/man$$s $(BIN)/man/*.$$s || exit; done
+	ln -sf mount.transfuse.8 $(DESTDIR)$(DATADIR)/man/man8/mount.fuse.transfuse.8
+	install -d $(DESTDIR)$(DATADIR)/bash-completion/completions $(DESTDIR)$(DATADIR)/$(ZSHDIR) $(DESTDIR)$(DATADIR)/fish/vendor_completions.d
+	$(BIN)/transfusectl completion bash >$(DESTDIR)$(DATADIR)/bash-completion/completions/transfusectl
+	$(BIN)/transfusectl completion zsh >$(DESTDIR)$(DATADIR)/$(ZSHDIR)/_transfusectl
+	$(BIN)/transfusectl completion fish >$(DESTDIR)$(DATADIR)/fish/vendor_completions.d/transfusectl.fish
 
 demo: build ## export, mount and use a directory here, no VM needed; DIR=/some/dir leaves that one mounted until Ctrl-C
 	@.ci/deps fuse3
 	@packaging/demo $(BIN) $(DIR)
 
 test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on real mounts
-	@.ci/deps fuse3 acl attr git dbus-daemon
+	@.ci/deps fuse3 acl attr git dbus-daemon systemd man-db
 	$(GO) test -timeout 10m ./...
 
 test-vm: ## the same and more over real virtio-vsock, in a Debian VM (built and cached first)
@@ -39,9 +78,27 @@ fuzz: ## run each fuzz target for FUZZTIME (30s)
 			echo "== $$dir $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) ./$$dir; \
 		done; done
 
-lint: ## gofmt, go vet
-	@fmt=$$(gofmt -l cmd service); test -z "$$fmt" || { echo "gofmt -w $$fmt"; exit 1; }
+lint: ## gofmt, go vet, shellcheck
+	@fmt=$$(gofmt -l cmd service packaging systemd); test -z "$$fmt" || { echo "gofmt -w $$fmt"; exit 1; }
 	$(GO) vet ./... && $(GO) vet -tags vm ./...
+	@.ci/deps shellcheck git
+	@# SC2115: a variable that is empty is an error in all of them.
+	shellcheck -S warning -e SC2115 $$(git ls-files | xargs grep -lE '^#!/(bin/sh|usr/bin/env bash)')
+
+dist: ## the source with its modules, to build from offline: dist/transfused-VERSION.tar.xz
+	packaging/dist $(VERSION) $(DIST)
+
+deb: dist ## Debian packages into dist/, checked by lintian
+	@.ci/deps debhelper dpkg-dev lintian
+	packaging/deb $(VERSION) $(DIST)
+
+deb-forky: dist ## the same in a root of Debian forky, with its own Go and all build dependencies (minutes)
+	@.ci/deps debootstrap debian-archive-keyring
+	packaging/deb-forky $(VERSION) $(DIST)
+
+rpm: dist ## rpm packages into dist/, checked
+	@.ci/deps rpm
+	packaging/rpm/build $(VERSION) $(DIST)
 
 clean: ## remove what build made
-	rm -rf $(BIN) dist
+	rm -rf $(BIN) $(DIST)
