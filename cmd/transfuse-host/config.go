@@ -28,6 +28,7 @@ type flags struct {
 	control   string
 	metrics   string
 	anyPort   bool
+	bus       bool
 	debug     bool
 }
 
@@ -62,6 +63,7 @@ func (f *flags) define(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.anyPort, "allow-unprivileged-guests", false, "serve guests' processes that are not root (source ports from 1024 on), or may not be")
 	fs.StringVar(&f.control, "control", nowhere, "`ADDR` of the control socket, for transfusectl: unix:PATH; \"none\" for none")
 	fs.StringVar(&f.metrics, "metrics", nowhere, "serve metrics (OpenMetrics) by HTTP at `ADDR`: HOST:PORT or unix:PATH; \"none\" for nowhere")
+	fs.BoolVar(&f.bus, "bus", false, "be org.transfused.Host1 on the system bus (D-Bus); for one server of a machine")
 	fs.BoolVar(&f.debug, "debug", false, "log more")
 }
 

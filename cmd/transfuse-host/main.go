@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"transfused.org/transfused/service/admin"
+	"transfused.org/transfused/service/bus"
 	"transfused.org/transfused/service/host"
 	"transfused.org/transfused/service/ipc"
 	"transfused.org/transfused/service/sd"
@@ -172,11 +173,11 @@ func (f *flags) serve(set *pflag.FlagSet) error {
 		passed.Close()
 		return err
 	}
-	return runServer(s, all, passed)
+	return f.run(s, all, passed)
 }
 
-// runServer runs s, and beside it what serves the administrator.
-func runServer(s *host.Server, all settings, passed *sd.Passed) error {
+// run runs s, and beside it what serves the administrator.
+func (f *flags) run(s *host.Server, all settings, passed *sd.Passed) error {
 	control, metrics, err := all.listen(passed.Control)
 	if err != nil {
 		passed.Close()
@@ -205,7 +206,12 @@ func runServer(s *host.Server, all settings, passed *sd.Passed) error {
 			}
 		})
 	}
+	if f.bus {
+		// Calls that it has under way end when the server begins to.
+		defer bus.StartHost(ctx, s, bus.Config{Log: all.Log}).Wait()
+	}
 	if err := s.Run(ctx); err != nil {
+		stop()
 		sd.Failed(err)
 		return &runError{err}
 	}

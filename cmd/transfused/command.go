@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/admin"
+	"transfused.org/transfused/service/bus"
 	"transfused.org/transfused/service/config"
 	"transfused.org/transfused/service/guest"
 	"transfused.org/transfused/service/sd"
@@ -42,6 +43,7 @@ type flags struct {
 	mountRoots []string
 	allowSuid  bool
 	allowDev   bool
+	bus        bool
 	debug      bool
 }
 
@@ -107,6 +109,7 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 	fs.StringVar(&f.tokenFile, "token-file", "", "file with the token that proves this guest to the host")
 	fs.StringVarP(&f.fusermount, "fusermount", "f", "", "program that mounts for an ordinary user (default: fusermount3 in the path)")
 	fs.StringVar(&f.control, "control", noSocket, `address of the control socket, for transfusectl: unix:PATH; "none" for none`)
+	fs.BoolVar(&f.bus, "bus", false, "be org.transfused1 on the system bus (D-Bus)")
 	fs.StringVarP(&f.pidfile, "pidfile", "p", "", "file to write the process id to when the host has answered")
 	fs.StringVarP(&f.logfile, "logfile", "l", "", "file to append the log to (default: standard error)")
 	fs.StringVar(&f.config, "config", "", "TOML file with the same settings, read alone; flags win")
@@ -286,6 +289,13 @@ func (f flags) run(ctx context.Context, c guest.Config, control *transport.Liste
 		})
 	}
 	var d *guest.Daemon
+	var onBus *bus.Service
+	defer func() {
+		end()
+		if onBus != nil {
+			onBus.Wait()
+		}
+	}()
 	c.Ready = func() {
 		if control != nil {
 			wg.Go(func() {
@@ -293,6 +303,9 @@ func (f flags) run(ctx context.Context, c guest.Config, control *transport.Liste
 					c.Log.Error("the control socket is not served any more", "error", err)
 				}
 			})
+		}
+		if f.bus {
+			onBus = bus.StartGuest(beside, d, bus.Config{Log: c.Log})
 		}
 		sd.Ready()
 	}
