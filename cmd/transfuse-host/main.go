@@ -23,6 +23,7 @@ import (
 	"transfused.org/transfused/service/host"
 	"transfused.org/transfused/service/ipc"
 	"transfused.org/transfused/service/sd"
+	"transfused.org/transfused/service/watchdog"
 )
 
 var version = "unknown" // set by the linker
@@ -148,9 +149,11 @@ func (f *flags) serve(set *pflag.FlagSet) error {
 	for _, err := range errs {
 		log.Error("a socket that was passed is not used", "error", err)
 	}
+	dog := &watchdog.Watchdog{}
 	read := func() (settings, error) {
 		all, err := f.config(set, passed.Listeners)
 		all.Log, all.Version, all.Software = log, version, "transfuse-host "+version
+		all.Watchdog = dog
 		all.Ready, all.Reloading, all.Status = sd.Ready, sd.Reloading, sd.Status
 		all.Taken = func() { level.Set(all.level()) }
 		return all, err
@@ -192,6 +195,7 @@ func (f *flags) run(s *host.Server, all settings, passed *sd.Passed) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer end()
+	wg.Go(func() { sd.Watch(beside, all.Watchdog, all.Log) })
 	if control != nil {
 		wg.Go(func() {
 			if err := admin.ServeHost(beside, control, s, version, all.Log); err != nil {

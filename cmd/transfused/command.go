@@ -279,15 +279,7 @@ func (f flags) run(ctx context.Context, c guest.Config, control *transport.Liste
 		}
 	})
 	c.Watchdog = &watchdog.Watchdog{}
-	timeout, err := sd.WatchdogTime()
-	if err != nil {
-		c.Log.Error("the watchdog is not fed", "error", err)
-	}
-	if timeout > 0 {
-		wg.Go(func() {
-			c.Watchdog.Run(beside, timeout, sd.FeedWatchdog, func(s string) { c.Log.Error("a loop stands still: the watchdog is not fed", "loop", s) })
-		})
-	}
+	wg.Go(func() { sd.Watch(beside, c.Watchdog, c.Log) })
 	var d *guest.Daemon
 	var onBus *bus.Service
 	defer func() {
@@ -309,6 +301,7 @@ func (f flags) run(ctx context.Context, c guest.Config, control *transport.Liste
 		}
 		sd.Ready()
 	}
+	var err error
 	if d, err = guest.New(c); err != nil {
 		return &usageError{err}
 	}

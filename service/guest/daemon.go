@@ -143,6 +143,7 @@ func (d *Daemon) serve(ctx context.Context, cancel context.CancelCauseFunc, ln *
 	defer endControl()
 	d.takeUp()
 	var channels, askers sync.WaitGroup
+	channels.Go(func() { d.c.Watchdog.Probe(cctx, "the daemon's lock", time.Second, &d.mu) })
 	channels.Go(func() { d.controlLoop(cctx) })
 	if ln != nil {
 		askers.Go(func() { d.acceptLoop(ctx, ln) })

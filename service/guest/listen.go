@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watchdog"
 	"transfused.org/transfused/service/wire"
 )
 
@@ -62,8 +63,13 @@ func (d *Daemon) acceptLoop(ctx context.Context, ln *transport.Listener) {
 			last, left = now, 0
 		}
 	}
+	var loop watchdog.Loop
+	loop.Enter(watchdog.WaitPeer)
+	defer d.c.Watchdog.Add("the host's socket", &loop)()
 	for {
+		loop.Enter(watchdog.WaitPeer)
 		conn, err := ln.Accept()
+		loop.Enter(watchdog.Running)
 		if ctx.Err() != nil {
 			if err == nil {
 				conn.Close()

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watchdog"
 )
 
 // Config is what a host serves, and to whom.
@@ -33,6 +34,8 @@ type Config struct {
 	// Inherited are sockets that this process was started with, beside those
 	// of Listen. Run closes them.
 	Inherited []*transport.Listener
+	// Watchdog looks at the server's loops; nil: nobody does.
+	Watchdog *watchdog.Watchdog
 	// Ready is called when the server serves, and again whenever a Reload is over; Reloading when one begins. Nil: not.
 	Ready, Reloading func()
 	// Reread reads the configuration again, from where this one came; nil: it can't be.

@@ -20,6 +20,7 @@ import (
 	"transfused.org/transfused/service/passthrough"
 	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watchdog"
 	"transfused.org/transfused/service/wire"
 )
 
@@ -111,6 +112,9 @@ func newServer(c Config) *Server {
 	log := c.Log
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
+	}
+	if c.Watchdog == nil {
+		c.Watchdog = &watchdog.Watchdog{}
 	}
 	s := &Server{
 		conf: c, log: log, times: defaultTimes, refused: newRefusals(toldAgain, 20, 1), gate: newGate(maxUnknown, maxUnknownEach), strangers: newGate(maxStrangers, maxStrangersEach),
@@ -208,6 +212,7 @@ func (s *Server) serve(ctx context.Context, ls []*transport.Listener) {
 	for _, l := range ls {
 		s.wg.Go(func() { s.accept(ctx, l) })
 	}
+	s.wg.Go(func() { s.conf.Watchdog.Probe(ctx, "the server's lock", time.Second, &s.mu) })
 	s.started.Store(true)
 	if s.conf.Ready != nil {
 		s.conf.Ready()
@@ -223,8 +228,13 @@ func (s *Server) serve(ctx context.Context, ls []*transport.Listener) {
 }
 
 func (s *Server) accept(ctx context.Context, l *transport.Listener) {
+	var loop watchdog.Loop
+	loop.Enter(watchdog.WaitPeer)
+	defer s.conf.Watchdog.Add("listening on "+l.Addr().String(), &loop)()
 	for {
+		loop.Enter(watchdog.WaitPeer)
 		c, err := l.Accept()
+		loop.Enter(watchdog.Running)
 		switch {
 		case err == nil:
 			s.wg.Go(func() { s.handle(ctx, c) })

@@ -4,6 +4,7 @@ package sd
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -15,9 +16,12 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/journal"
 	"github.com/google/go-cmp/cmp"
+
+	"transfused.org/transfused/service/watchdog"
 )
 
 // listenEnv marks the child that takes what it was started with.
@@ -178,8 +182,46 @@ func TestNotify(t *testing.T) {
 	next("READY=1")
 	Status("2 mounts,\nhost connected")
 	next("STATUS=2 mounts, host connected")
+	Failed(fmt.Errorf("listen:\n%w", syscall.EADDRINUSE))
+	next("STATUS=listen: address already in use\nERRNO=98")
+	t.Setenv("WATCHDOG_USEC", "80000")
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); Watch(ctx, &watchdog.Watchdog{}, slog.New(slog.DiscardHandler)) }()
+	next("WATCHDOG=1")
+	next("WATCHDOG=1")
+	cancel()
+	<-done
+	for c.SetReadDeadline(time.Now().Add(10 * time.Millisecond)); err == nil; { // what was told before the end
+		_, err = c.Read(make([]byte, 16))
+	}
+	c.SetReadDeadline(time.Time{})
 	Stopping()
 	next("STOPPING=1")
+}
+
+func TestWatchdogTime(t *testing.T) {
+	for _, tt := range []struct {
+		usec, pid string
+		want      time.Duration
+		fails     bool
+	}{
+		{"", "", 0, false},
+		{"60000000", "", time.Minute, false},
+		{"60000000", fmt.Sprint(os.Getpid()), time.Minute, false},
+		{"60000000", "1", 0, false},
+		{"soon", "", 0, true},
+		{"0", "", 0, true},
+		{"-5", "", 0, true},
+		{"9999999999999999999", "", 0, true},
+	} {
+		t.Setenv("WATCHDOG_USEC", tt.usec)
+		t.Setenv("WATCHDOG_PID", tt.pid)
+		got, err := watchdogTime()
+		if got != tt.want || (err != nil) != tt.fails || err != nil && !strings.Contains(err.Error(), "WatchdogSec=") {
+			t.Errorf("%q of %q: %v, %v", tt.usec, tt.pid, got, err)
+		}
+	}
 }
 
 type sent struct {

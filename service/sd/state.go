@@ -3,14 +3,18 @@
 package sd
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"strconv"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/watchdog"
 )
 
 // Reloading tells that the configuration is being read again; Ready tells that this is over.
@@ -30,12 +34,23 @@ func Failed(err error) {
 	notify(state)
 }
 
-// FeedWatchdog tells that the service goes on.
-func FeedWatchdog() { notify("WATCHDOG=1") }
+// Watch feeds the service manager's watchdog, if there is one, while no loop that w looks at is stuck, until ctx ends.
+func Watch(ctx context.Context, w *watchdog.Watchdog, log *slog.Logger) {
+	timeout, err := watchdogTime()
+	if err != nil {
+		log.Error("the watchdog is not fed", "error", err)
+	}
+	if timeout == 0 {
+		return
+	}
+	w.Run(ctx, timeout, func() { notify("WATCHDOG=1") }, func(text string) {
+		log.Error("a loop stands still: the watchdog is not fed", "loop", text)
+	})
+}
 
-// WatchdogTime is after how long without FeedWatchdog this process is ended; 0: it is not watched. A value in the environment that
+// watchdogTime is after how long without a sign this process is ended; 0: it is not watched. A value in the environment that
 // makes no sense is an error, and then it is not watched.
-func WatchdogTime() (time.Duration, error) {
+func watchdogTime() (time.Duration, error) {
 	text := os.Getenv("WATCHDOG_USEC")
 	if text == "" {
 		return 0, nil

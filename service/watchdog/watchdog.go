@@ -77,6 +77,27 @@ func (w *Watchdog) Add(name string, l *Loop) (remove func()) {
 	}
 }
 
+// Probe takes l now and then, until ctx ends: a lock that nobody gets any more stops whoever needs it, and no loop may be among those.
+func (w *Watchdog) Probe(ctx context.Context, name string, period time.Duration, l sync.Locker) {
+	var loop Loop
+	loop.Enter(WaitPeer)
+	defer w.Add(name, &loop)()
+	t := time.NewTicker(period)
+	defer t.Stop()
+	for {
+		loop.Enter(WaitLock)
+		l.Lock()
+		loop.Enter(Running)
+		l.Unlock()
+		loop.Enter(WaitPeer)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // Run calls feed while no loop is stuck, several times in timeout, until ctx ends. It calls stuck with the words for a
 // loop each time that one is found stuck.
 func (w *Watchdog) Run(ctx context.Context, timeout time.Duration, feed func(), stuck func(string)) {

@@ -5,6 +5,7 @@ package watchdog
 import (
 	"context"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -53,6 +54,31 @@ func TestLook(t *testing.T) {
 	if bad := at(3*time.Hour, false); bad != nil {
 		t.Errorf("removed: %v", bad)
 	}
+}
+
+// A lock that is not given back is found.
+func TestProbe(t *testing.T) {
+	var w Watchdog
+	var mu sync.Mutex
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { w.Probe(ctx, "sessions", time.Millisecond, &mu) })
+	told := make(chan string)
+	mu.Lock()
+	wg.Go(func() {
+		w.Run(ctx, 80*time.Millisecond, func() {}, func(s string) {
+			select {
+			case told <- s:
+			case <-ctx.Done():
+			}
+		})
+	})
+	if text := <-told; !strings.Contains(text, "sessions: waiting for a lock") {
+		t.Error(text)
+	}
+	mu.Unlock()
+	cancel()
+	wg.Wait()
 }
 
 // A stuck loop is told of once, and starves the watchdog until it goes on.

@@ -7,13 +7,16 @@ set -eu
 root=$OUT/root
 
 debootstrap --variant=minbase \
-	--include=systemd,systemd-sysv,dbus,udev,kmod,procps,iproute2,linux-image-cloud-amd64,initramfs-tools,zstd,fuse3,socat,git,gcc,libc6-dev,make,attr,acl,inotify-tools \
+	--include=systemd,systemd-sysv,dbus,udev,kmod,procps,iproute2,linux-image-cloud-amd64,initramfs-tools,zstd,fuse3,socat,git,gcc,libc6-dev,make,attr,acl,inotify-tools,fio \
 	trixie "$root" "$MIRROR" /usr/share/debootstrap/scripts/sid
 
 put() { # put FILE: the text on standard input becomes that file of the guest
 	mkdir -p "$(dirname "$root$1")"
 	cat >"$root$1"
 }
+
+# It fails in debootstrap, which has no system bus to tell.
+chroot "$root" apt-get install -q -y --no-install-recommends polkitd
 
 # One shell a connection. Whatever a script leaves running ends with its connection;
 # what is to stay is started by systemd-run.
