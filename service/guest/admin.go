@@ -22,7 +22,7 @@ import (
 func (d *Daemon) Status() api.GuestStatus {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	s := api.GuestStatus{Version: d.c.Software, Server: d.c.Server.String(), Features: []string{}, Mounts: len(d.mounts), Text: d.textLocked()}
+	s := api.GuestStatus{Version: strings.TrimPrefix(d.c.Software, "transfused "), Server: d.c.Server.String(), Features: []string{}, Mounts: len(d.mounts), Text: d.textLocked()}
 	if c := d.control.Load(); c != nil {
 		s.Connected, s.Protocol, s.Host = true, int(c.version), c.peer.Software
 		if c.keeps() {
