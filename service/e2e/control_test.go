@@ -78,6 +78,10 @@ func TestControl(t *testing.T) {
 		t.Errorf("exports: %s", out)
 	}
 
+	if out := r.must("transfusectl", "status"); !strings.HasPrefix(out, "● transfused unknown\n") {
+		t.Errorf("status: %s", out)
+	}
+
 	second := filepath.Join(r.dir, "second")
 	if out, code := r.ctl("mount.transfuse", "code", second); code != 32 || !strings.Contains(out, "make it first") {
 		t.Errorf("a mount point that is not there: exit code %d: %s", code, out)
