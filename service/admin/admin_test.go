@@ -591,9 +591,27 @@ func TestDescriptions(t *testing.T) {
 		if !strings.HasPrefix(text, "interface "+tt.i.Name+"\n") {
 			t.Errorf("%s is described as another interface", tt.i.Name)
 		}
+		// Types, methods and errors share one space of names: systemd refuses an interface that has one twice.
+		symbols := map[string]bool{}
+		for _, m := range regexp.MustCompile(`(?m)^(?:type|method|error) (\w+)`).FindAllStringSubmatch(text, -1) {
+			if symbols[m[1]] {
+				t.Errorf("%s: %s is described twice", tt.i.Name, m[1])
+			}
+			symbols[m[1]] = true
+		}
+		for _, m := range regexp.MustCompile(`: \??(?:\[\])?([A-Z]\w*)`).FindAllStringSubmatch(text, -1) {
+			if !strings.Contains(text, "\ntype "+m[1]+" (") {
+				t.Errorf("%s: there is no type %s", tt.i.Name, m[1])
+			}
+		}
 		for _, v := range tt.types {
 			typ := reflect.TypeOf(v)
-			m := regexp.MustCompile(`(?s)\ntype ` + typ.Name() + ` \((.*?)\)\n`).FindStringSubmatch(text)
+			name := typ.Name()
+			// Those of methods are other names.
+			if other, ok := map[string]string{"Mount": "MountInfo", "Statistics": "MountStatistics"}[name]; ok {
+				name = other
+			}
+			m := regexp.MustCompile(`(?s)\ntype ` + name + ` \((.*?)\)\n`).FindStringSubmatch(text)
 			if m == nil {
 				t.Errorf("%s: no type %s", tt.i.Name, typ.Name())
 				continue
