@@ -142,7 +142,11 @@ func (a *app) diagnose(ctx context.Context, m machine) findings {
 	if !a.host {
 		m.checkFUSE(&f)
 	}
-	m.checkVsock(&f, a.host)
+	if server := a.otherTransport(ctx); server != "" {
+		f.ok("vsock", "it is not needed: the host is at %s", server)
+	} else {
+		m.checkVsock(&f, a.host)
+	}
 	m.checkSysctls(&f)
 	m.checkSystemd(ctx, &f, a.host)
 	if a.host {

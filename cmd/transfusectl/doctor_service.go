@@ -11,6 +11,7 @@ import (
 
 	"transfused.org/transfused/service/admin"
 	"transfused.org/transfused/service/api"
+	"transfused.org/transfused/service/transport"
 )
 
 // units are those of the packages, the service first.
@@ -112,6 +113,18 @@ func (a *app) notAnswered(f *findings, name string, err error) bool {
 		f.err(name, "journalctl -xeu "+units(a.host)[0], "it does not answer at %s: %v", a.socket, err)
 	}
 	return true
+}
+
+// otherTransport is the host's address where the guest's daemon reaches it otherwise than by vsock; empty where that is not known.
+func (a *app) otherTransport(ctx context.Context) string {
+	if a.host {
+		return ""
+	}
+	s, err := a.guest().GetStatus(ctx)
+	if addr, perr := transport.Parse(s.Server); err != nil || perr != nil || addr.Family == transport.Vsock {
+		return ""
+	}
+	return s.Server
 }
 
 func (a *app) checkDaemon(ctx context.Context, f *findings) {

@@ -152,6 +152,8 @@ func TestDoctor(t *testing.T) {
 			want: []string{"error vsock: no vsock socket can be made: address family not supported by protocol / boot a kernel with CONFIG_VSOCKETS"}},
 		{name: "no vsock device", remove: []string{"sys/bus/virtio/devices/virtio3/device"}, change: func(m *machine) { m.cid = func() (uint32, error) { return 0, unix.ENOENT } },
 			want: []string{"error transport: the machine has no vsock device: nothing leads to a host / give the VM one: QEMU"}},
+		{name: "a host by another transport", remove: []string{"sys/bus/virtio/devices/virtio3/device"}, change: func(m *machine) { m.socket = func() error { return unix.EAFNOSUPPORT } },
+			daemon: func(g *admintest.Guest) { g.State.Server = "unix:/run/h.sock" }},
 		{name: "no driver", change: func(m *machine) { m.cid = func() (uint32, error) { return unix.VMADDR_CID_ANY, nil } },
 			want: []string{"error transport: there is a vsock device, and no driver has taken it / modprobe vmw_vsock_virtio_transport"}},
 		{name: "no access", files: file("sys/bus/virtio/devices/virtio3/driver", "->../../drivers/vmw_vsock_virtio_transport"), change: func(m *machine) { m.cid = func() (uint32, error) { return 0, unix.EACCES } },
