@@ -5,6 +5,7 @@ package vmtest
 import (
 	"bufio"
 	"context"
+	"encoding/base64"
 	"fmt"
 	"net"
 	"os"
@@ -26,6 +27,8 @@ type Config struct {
 	Share       string // a folder of this machine that virtiofs offers to the guest as "share"; "" for none
 	Memory      int    // MiB; 0: 1024
 	Interactive bool   // the VM's serial console is this program's terminal
+
+	Credentials map[string]string // for the guest's systemd, by name (SMBIOS, type 11)
 }
 
 // VM is a running virtual machine. Methods may be called concurrently.
@@ -81,6 +84,9 @@ func Boot(ctx context.Context, im *Images, c Config) (_ *VM, err error) {
 		args = append(args, "-accel", "kvm", "-cpu", "host")
 	} else {
 		args = append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
+	}
+	for name, text := range c.Credentials {
+		args = append(args, "-smbios", fmt.Sprintf("type=11,value=io.systemd.credential.binary:%s=%s", name, base64.StdEncoding.EncodeToString([]byte(text))))
 	}
 	if c.Share != "" {
 		if err := vm.serve(ctx, room, "fs.sock", "virtiofsd", "--socket-path="+room.path("fs.sock"), "--shared-dir=/share", "--sandbox=none"); err != nil {
