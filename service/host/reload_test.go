@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"transfused.org/transfused/service/fuse"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
@@ -309,4 +310,39 @@ func (h *testHost) session() *session {
 	}
 	h.t.Fatal("no session")
 	return nil
+}
+
+// The bounds of an export are those that it has when it is mounted.
+func TestReloadLimits(t *testing.T) {
+	code := exportDir(t, "code", "max-open-files=1")
+	h := startHost(t, Config{Exports: []Export{code}})
+	g := newGuest(t, h.addr, 1).connect()
+	opens := func(f *fuseConn) (n int) {
+		e, errno, err := f.lookup("hello")
+		if errno != 0 || err != nil {
+			t.Fatal(errno, err)
+		}
+		for range 3 {
+			_, errno, err := f.call(fuse.OpOpen, e.NodeID, fuse.Append(nil, &fuse.OpenIn{Flags: unix.O_RDONLY}))
+			if err != nil || errno != 0 && errno != unix.ENFILE {
+				t.Fatal(errno, err)
+			}
+			if errno == 0 {
+				n++
+			}
+		}
+		return n
+	}
+	f, id := g.mount("code")
+	if n := opens(f); n != 1 {
+		t.Errorf("%d files are open, want 1", n)
+	}
+	code.MaxOpenFiles = 2
+	h.mustReconfigure(Config{Exports: []Export{code}})
+	g.unmounts(id, wire.ReasonExportGone)
+	gone(t, f.Conn)
+	f, _ = g.mount("code")
+	if n := opens(f); n != 2 {
+		t.Errorf("%d files are open, want 2", n)
+	}
 }

@@ -100,7 +100,7 @@ type worker struct {
 	streams sync.WaitGroup
 	mu      sync.Mutex // guards the rest, and what is in mounts
 	mounts  map[uint32]*workerMount
-	limits  map[string]*passthrough.Limits // by tag, of exports that have their own; "" of the others
+	limits  map[string]*passthrough.Limits // by tag and numbers, of exports that have their own; "" of the others
 }
 
 type workerMount struct {
@@ -221,7 +221,7 @@ func (w *worker) limitsOf(o *mountOrder) *passthrough.Limits {
 	key := ""
 	l := &passthrough.Limits{}
 	if o.Options.MaxOpenFiles > 0 || o.Options.MaxInodes > 0 {
-		key = o.Tag
+		key = fmt.Sprint(o.Tag, "/", o.Options.MaxOpenFiles, "/", o.Options.MaxInodes) // they may have changed since the mount before; a tag has no /
 		l.Files, l.Nodes = int64(o.Options.MaxOpenFiles), int64(o.Options.MaxInodes)
 	}
 	if w.limits[key] == nil {
