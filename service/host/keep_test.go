@@ -3,6 +3,8 @@
 package host
 
 import (
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"testing"
@@ -10,7 +12,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"transfused.org/transfused/service/fstest"
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/ipc"
+	"transfused.org/transfused/service/passthrough"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
@@ -239,4 +244,72 @@ func (h *testHost) lostSessions() (n int) {
 		}
 	}
 	return n
+}
+
+// What was under way on the stream before is done before the next one is served, or answered.
+func TestNextStreamWaits(t *testing.T) {
+	fstest.Leaks(t)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parent := os.NewFile(uintptr(fds[1]), "parent")
+	defer parent.Close()
+	conn, err := ipc.New(os.NewFile(uintptr(fds[0]), "worker"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	w := newWorker(conn)
+	began, goOn := make(chan struct{}, 2), make(chan struct{})
+	w.serve = func(_ *passthrough.FS, c io.ReadWriteCloser) error {
+		began <- struct{}{}
+		io.Copy(io.Discard, c) // the stream ends
+		<-goOn                 // and what was under way goes on
+		return nil
+	}
+	root, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w.procFD, err = os.Open("/proc/self/fd"); err != nil {
+		t.Fatal(err)
+	}
+	defer w.procFD.Close()
+	if err := w.mount(&mountOrder{MountID: 1, Tag: "code", Keep: true}, root); err != nil {
+		t.Fatal(err)
+	}
+	stream := func(number uint64) *transport.Conn {
+		ours, theirs, err := transport.Pair()
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := theirs.File()
+		theirs.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.stream(&streamOrder{MountID: 1, Number: number, Reply: true}, f); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ours.Close() })
+		return ours
+	}
+	first := stream(1)
+	want[*wire.OpenReply](t, first)
+	<-began
+	second := stream(2)
+	gone(t, first) // it gave way
+	second.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+	if n, err := second.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("answered before: %d, %v", n, err)
+	}
+	close(goOn)
+	second.SetReadDeadline(time.Now().Add(15 * time.Second))
+	want[*wire.OpenReply](t, second)
+	<-began
+	w.end()
+	if len(w.mounts) != 0 {
+		t.Error("a mount is left at the worker's end")
+	}
 }
