@@ -309,7 +309,7 @@ func (ss *session) expect() (id uint32, answer chan wire.Message) {
 		if ss.version < wire.Version2 {
 			id &= 0xffff // as wide as it is there
 		}
-		if ss.waiting[id] == nil {
+		if id != 0 && ss.waiting[id] == nil {
 			ss.waiting[id] = answer
 			return id, answer
 		}

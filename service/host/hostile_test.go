@@ -213,11 +213,11 @@ func TestStreamOfAnother(t *testing.T) {
 	thief.token = token
 	thief.connect() // has a session of its own, as a clone of the VM would, and nothing of the other's
 	refused("another VM with the same id", hybrid("b"), &wire.StreamOpen{SessionID: g.id, MountID: id, Token: token})
-	clone, _ := thief.mount("code")
+	clone, cloneID := thief.mount("code")
 	if err := clone.serves(); err != nil {
 		t.Error(err)
 	}
-	send(t, thief.c, &wire.Unmounted{MountID: id})
+	send(t, thief.c, &wire.Unmounted{MountID: cloneID})
 	gone(t, clone.Conn)
 	liar := newGuest(t, hybrid("a"), 2)
 	liar.token = []byte("a guess")

@@ -313,3 +313,19 @@ func TestNextStreamWaits(t *testing.T) {
 		t.Error("a mount is left at the worker's end")
 	}
 }
+
+// A session of the same id that begins anew has other numbers for its mounts: who comes back for one that was forgotten does not get another.
+func TestForgottenMountIsNoOther(t *testing.T) {
+	h := startHost(t, Config{Exports: []Export{exportDir(t, "code"), exportDir(t, "docs")}})
+	g := keeper(t, h.addr, 1).connect()
+	f, id := g.mount("code")
+	f.Close()
+	h.session().cancel(errNotBack)
+	gone(t, g.c)
+	h.logs.wait("session ended")
+	g.connect()
+	if _, other := g.mount("docs"); other == id {
+		t.Errorf("both are mount %d", id)
+	}
+	refusedStream(t, g, id, unix.ENOENT)
+}

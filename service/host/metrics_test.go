@@ -110,6 +110,10 @@ func TestMetricsOfAStoppedWorker(t *testing.T) {
 	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	// It stops when its threads have.
+	if err := unix.Waitid(unix.P_PID, pid, nil, unix.WSTOPPED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
 	for range 3 { // nor does each ask once more
 		h.wantMetrics(map[string]string{`sessions{state="connected"}`: "1.0", `requests_total{tag="code"}`: "0.0"})
 	}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -61,7 +62,9 @@ type session struct {
 	about   wire.Init                          // what the guest said at last
 	kept    *time.Timer                        // runs while the session has nothing but mounts that it keeps
 	mounts  map[uint32]*mount
-	untold  map[uint32]*mount            // that the host asked for and that ended, until the guest says why
+	untold  map[uint32]*mount // that the host asked for and that ended, until the guest says why
+	// next begins at random: a guest that comes back to a host which has forgotten its session must not find another mount
+	// under the number that it knows.
 	next    uint32                       // MountID, or ID of a question to the guest, used last
 	waiting map[uint32]chan wire.Message // for answers of the guest, by ID
 	events  *transport.Conn
@@ -103,7 +106,7 @@ var (
 func newSession(ctx context.Context, s *Server, p transport.Peer, m *wire.Init) *session {
 	ss := &session{
 		srv: s, number: s.began, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, boot: m.BootID, write: maxWrite,
-		start: time.Now(), busy: make(chan struct{}, maxRequests),
+		next: rand.Uint32(), start: time.Now(), busy: make(chan struct{}, maxRequests),
 		mounts: map[uint32]*mount{}, untold: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
 	}
 	ss.heard(m)
@@ -367,7 +370,9 @@ func (ss *session) noteMount(m *mount) (*workerProc, error) {
 	if len(ss.mounts) >= maxMounts {
 		return nil, fmt.Errorf("%w: this guest has %d mounts already", unix.EMFILE, maxMounts)
 	}
-	ss.next++
+	for ss.next++; ss.next == 0 || ss.mounts[ss.next] != nil; {
+		ss.next++
+	}
 	m.id, m.keep = ss.next, ss.about.Features&wire.FeatureKeep != 0
 	m.timeout = time.AfterFunc(ss.srv.times.stream, func() { ss.drop(m, "no stream came for it") })
 	ss.mounts[m.id] = m
