@@ -206,8 +206,12 @@ func (d *Daemon) connect2(ctx context.Context) (*control, error) {
 		return nil, err
 	}
 	init := &wire.Init{Version: wire.Version2, MinVersion: wire.Version1, MaxMessage: wire.MaxControl, MaxWrite: MaxData,
-		FuseMinor: fuse.Minor, MaxStreams: 1, Features: wire.FeatureKeep, BootID: d.boot, SessionID: d.session, Token: d.c.Token,
+		FuseMinor: fuse.Minor, MaxStreams: 1, BootID: d.boot, SessionID: d.session, Token: d.c.Token,
 		Kernel: kernelRelease(), Software: d.c.Software}
+	if d.c.Store != nil {
+		// Without a store nobody would come back for what the host keeps.
+		init.Features = wire.FeatureKeep
+	}
 	if d.listening.Family != 0 {
 		init.Socket = d.listening.String()
 	}
