@@ -148,9 +148,9 @@ func TestControl(t *testing.T) {
 	r.must("transfusectl", "unmount", m.ID)
 	r.unmounted(second)
 
-	// The host goes: what is there waits, and that is said.
+	// The host goes: the mount is to be made again, and that is said.
 	host.stop(unix.SIGTERM)
-	r.awaitState(r.mnt, api.Reconnecting)
+	r.awaitState(r.mnt, api.Mounting)
 	if out, code := r.ctl("transfusectl", "status"); code != 1 || !strings.Contains(out, "not connected") {
 		t.Errorf("status without a host: exit code %d: %s", code, out)
 	}

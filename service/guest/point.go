@@ -162,8 +162,9 @@ func stepInto(at int, name string, last bool) (int, error) {
 	if err != nil || !last {
 		return fd, err
 	}
-	var st unix.Stat_t
-	if err = unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+	var st unix.Statx_t
+	// DONT_SYNC: a mount whose server is gone may be there.
+	if err = unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		err = unix.ENOTDIR
 	}
 	if err != nil {
