@@ -205,7 +205,7 @@ func testTools(t *testing.T, r *serviceRig) {
 	// Who is not root may look, and no more.
 	r.has(t, "runuser -u nobody -- transfusectl mounts", "/mnt/cred")
 	r.has(t, "runuser -u nobody -- transfusectl unmount /mnt/cred 2>&1 && exit 1; mounted /mnt/cred; echo still", "still")
-	r.has(t, "(cd /mnt/cred; transfusectl unmount /mnt/cred 2>&1) && exit 1; mounted /mnt/cred; echo still", "in use", "still")
+	r.has(t, "(cd /mnt/cred; transfusectl unmount /mnt/cred 2>&1) && exit 1; mounted /mnt/cred; echo still", "resource busy", "still")
 }
 
 func testBus(t *testing.T, r *serviceRig) {
@@ -241,10 +241,10 @@ func testMountHelper(t *testing.T, r *serviceRig) {
 const fioJob = "fio --name=v --directory=/mnt/cred --rw=randrw --bs=4k --size=4M --verify=crc32c --verify_fatal=1 --time_based --runtime=%d --group_reporting --output=/run/fio"
 
 func testServiceRestart(t *testing.T, r *serviceRig) {
-	r.guest(t, "systemd-run --quiet --unit=fio -p Type=exec "+fmt.Sprintf(fioJob, 20))
+	r.guest(t, "systemd-run --quiet --unit=verify -p Type=exec "+fmt.Sprintf(fioJob, 20))
 	r.guest(t, "exec 3>/mnt/cred/held; flock -x 3; for i in 1 2 3 4 5; do systemctl restart transfused; mounted /mnt/cred; echo $i >&3; done")
 	r.guest(t, "systemctl daemon-reexec; systemctl restart transfused; systemctl kill -s TERM --kill-whom=main transfused; stat /mnt/cred/tag")
-	r.has(t, "for i in $(seq 1200); do systemctl is-active --quiet fio || break; sleep 0.1; done; systemctl show -P Result fio; cat /run/fio", "success", "err= 0")
+	r.has(t, "for i in $(seq 1200); do systemctl is-active --quiet verify || break; sleep 0.1; done; systemctl show -P Result verify; cat /run/fio", "success", "err= 0")
 	if b, err := os.ReadFile(filepath.Join(r.dirs["cred"], "held")); err != nil || string(b) != "1\n2\n3\n4\n5\n" {
 		t.Errorf("the host has %q, %v", b, err)
 	}
