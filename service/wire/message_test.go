@@ -390,7 +390,9 @@ func TestAllocations(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			n := allocated(func() { tt.decode(tt.typ, tt.body) })
+			f := func() { tt.decode(tt.typ, tt.body) }
+			// The runtime and the test before may allocate at the same time, but not each time.
+			n := min(allocated(f), allocated(f), allocated(f))
 			if n > allocBound(len(tt.body)) {
 				t.Errorf("%d bytes for a body of %d, at most %d", n, len(tt.body), allocBound(len(tt.body)))
 			}
