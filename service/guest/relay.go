@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/wire"
 )
 
@@ -26,7 +27,9 @@ func (r *relay) Handle(ctx context.Context, rec slog.Record) error {
 		text.WriteString(rec.Message)
 		text.WriteString(r.attrs)
 		rec.Attrs(func(a slog.Attr) bool {
-			text.WriteString(" " + a.String())
+			if !sd.IsEvent(a) {
+				text.WriteString(" " + a.String())
+			}
 			return true
 		})
 		var m wire.Message = &wire.LogNotice{Text: text.String()}

@@ -30,5 +30,8 @@ const (
 // eventKey is the attribute that has an Event. Text logs leave it out.
 const eventKey = "message_id"
 
+// IsEvent says whether an attribute is one of Attr.
+func IsEvent(a slog.Attr) bool { return a.Key == eventKey }
+
 // Attr makes e an attribute of a record.
 func (e Event) Attr() slog.Attr { return slog.String(eventKey, string(e)) }

@@ -27,7 +27,7 @@ func LogHandler(w io.Writer, level slog.Leveler) slog.Handler {
 // TextHandler logs as text to w.
 func TextHandler(w io.Writer, level slog.Leveler) slog.Handler {
 	return slog.NewTextHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
-		if a.Key == eventKey {
+		if IsEvent(a) {
 			return slog.Attr{}
 		}
 		return a
@@ -60,7 +60,7 @@ func (h *journalHandler) Handle(ctx context.Context, r slog.Record) error {
 	text.WriteString(r.Message)
 	vars := map[string]string{}
 	add := func(a slog.Attr) bool {
-		if a.Key == eventKey {
+		if IsEvent(a) {
 			vars["MESSAGE_ID"] = a.Value.String()
 			return true
 		}

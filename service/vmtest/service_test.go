@@ -279,10 +279,12 @@ func testWatchdog(t *testing.T, r *serviceRig) {
 		}
 	}
 	stop(syscall.SIGSTOP)
-	r.guest(t, "(timeout 60 cat /mnt/cred/tag >/run/waited; touch /run/waited.done) >/dev/null 2>&1 & sleep 15")
+	defer stop(syscall.SIGCONT)
+	// In a unit: who waits for a host that does not answer can't be killed, and the end of a script waits for what it has started.
+	r.guest(t, "systemd-run --quiet --unit=waits -p StandardOutput=file:/run/waited cat /mnt/cred/tag; sleep 15")
 	stop(syscall.SIGCONT)
 	r.want(t, before, "systemctl show -P NRestarts transfused")
-	r.want(t, "cred", "cat /mnt/cred/tag")
+	r.want(t, "cred", "for i in $(seq 300); do systemctl is-active --quiet waits || break; sleep 0.1; done; cat /run/waited")
 	// One that does nothing any more is.
 	r.guest(t, "kill -STOP $(systemctl show -P MainPID transfused); for i in $(seq 300); do [ $(systemctl show -P NRestarts transfused) != "+before+" ] && break; sleep 0.1; done; cat /mnt/cred/tag; test $(systemctl show -P NRestarts transfused) != "+before)
 	r.guest(t, "rm /run/systemd/system/transfused.service.d/w.conf; systemctl daemon-reload; systemctl restart transfused")
