@@ -9,7 +9,17 @@
 // (Helper), the same program executed again: mount points, mounting and unmounting, suitability, events,
 // notifications. The daemon passes it descriptors of channels; it passes back the device of each mount. The helper
 // serves each call in a goroutine of its own, so that one dead mount stops no other. If the daemon is killed the helper
-// detaches what is left; if the helper ends, so does the daemon, and another helper detaches.
+// detaches what is left, unless that is in a store; if the helper ends, so does the daemon, and another helper detaches.
+//
+// # Entries, and the next process
+//
+// What somebody wants mounted is an entry: the configuration, an administrator (api.Guest), the host. It is listed with a
+// state, and one that is kept is mounted again when it was lost. With a store (the service manager's, package sd) a mount's
+// device is put there before its first request is read and before it is seen, with a record of what another process must know to go
+// on (record.go). When the daemon ends and is to be started again it reads no more requests, waits a moment for the answers to those
+// at the host, and leaves. The next one lists the mounts as they were, waits for the host, opens another stream of the same
+// mount of the same session, and writes FUSE_NOTIFY_RESEND. Where that is not known (before Linux 6.9) requests without an
+// answer fail with EINTR when the daemon leaves in order; after a kill they wait until they are interrupted.
 //
 // Notify and event channels are dialled again when they are lost (version 2). A mount goes on without them: it misses what
 // the host would tell, and has its TTLs.
@@ -39,15 +49,15 @@
 //
 // # Mounts
 //
-// A file system is made apart (fsopen, fsmount) and moved onto a descriptor of the mount point, so that nobody can
+// A file system is made apart (fsopen, fsmount) and moved onto a descriptor of the mount point in the end, so that nobody can
 // exchange what was checked. Paths are walked by openat2 without symbolic links; that needs Linux 5.6. No descriptor of a
 // mount is held, or umount would find it busy: it is opened for each event, and recognised by its mount id. A read-only
 // mount is read-only for everybody else; events are acted through a detached clone that is made for that one event
 // (open_tree, mount_setattr: Linux 5.12).
 //
 // An unmounting asked for here or by the host writes back first. What is still in use after that is detached; what takes
-// over five seconds is aborted. A mount whose stream is lost is detached at once, and one that this guest asked for is
-// made again when the host is back. A mount that a killed daemon left behind is recognised (ENOTCONN,
+// over five seconds is aborted. A mount whose stream is lost waits for another one where it is stored; else it is detached at once,
+// and one that this guest asked for is made again when the host is back. A mount that a killed daemon left behind is recognised (ENOTCONN,
 // type fuse.transfuse) and replaced.
 //
 // A mount of version 1 has exactly the options that the host sent. One of version 2 has default_permissions, and, as

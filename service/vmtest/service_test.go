@@ -307,8 +307,16 @@ func testServiceStop(t *testing.T, r *serviceRig) {
 func testUpgrade(t *testing.T, r *serviceRig) {
 	// Somebody uses the mount all the time, and notes how long it took at most.
 	r.guest(t, `systemd-run --quiet --unit=user bash -c 'most=0; i=0; exec 3>/mnt/cred/log; while [ ! -e /run/enough ]; do a=$(date +%s%N); echo $i >&3; cat /mnt/cred/tag >/dev/null || exit 1; b=$(( ($(date +%s%N) - a) / 1000000 )); [ $b -gt $most ] && most=$b; i=$((i+1)); done; echo $most >/run/most; echo $i >/run/count'`)
-	out := r.guest(t, `for i in $(seq 20); do dpkg -i /root/transfused.deb >/run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }; systemctl is-active --quiet transfused.socket; done; touch /run/enough
-		for i in $(seq 300); do systemctl is-active --quiet user || break; sleep 0.1; done; systemctl show -P Result user; echo "the longest wait was $(cat /run/most) ms, of $(cat /run/count) turns"; rm /run/enough`)
+	pid := ""
+	for range 20 {
+		now := r.guest(t, "dpkg -i /root/transfused.deb >/run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }; systemctl is-active --quiet transfused.socket transfused.service; systemctl show -P MainPID transfused")
+		if now == pid {
+			t.Errorf("process %s goes on after an upgrade", pid)
+		}
+		pid = now
+	}
+	out := r.guest(t, `touch /run/enough; for i in $(seq 300); do systemctl is-active --quiet user || break; sleep 0.1; done
+		systemctl show -P Result user; echo "the longest wait was $(cat /run/most) ms, of $(cat /run/count) turns"; rm /run/enough`)
 	t.Log(out)
 	if !strings.HasPrefix(out, "success\n") {
 		t.Error(out)
