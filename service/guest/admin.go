@@ -59,10 +59,12 @@ func (d *Daemon) Mount(ctx context.Context, spec api.MountSpec) (api.Mount, erro
 	switch {
 	case mine:
 		if spec.At != nil {
-			if e.at, err = inodeOf(spec.At); err != nil {
+			fd, err := unix.FcntlInt(spec.At.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+			if err != nil {
 				d.unlist(e)
-				return api.Mount{}, api.AsError(err)
+				return api.Mount{}, api.Errorf(api.Internal, "mount %s: %w", s.Tag, err)
 			}
+			e.at = os.NewFile(uintptr(fd), s.Dir)
 		}
 		d.keepers.Go(func() { _ = d.keep(e) }) // who asked is told below
 	case errors.Is(err, unix.EBUSY) && e.spec.Tag == s.Tag:

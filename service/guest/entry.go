@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -22,8 +23,8 @@ type entry struct {
 	id      uint64
 	spec    MountSpec // Dir is clean
 	options MountOptions
-	at      inode // that Dir must be; zero: any
-	nowhere bool  // it is for another mount namespace, and Dir is a name only
+	at      *os.File // Dir, as who asked for it has it, for the first time that it is mounted; nil: it is looked for
+	nowhere bool     // it is for another mount namespace, and Dir is a name only
 	ctx     context.Context
 	cancel  context.CancelCauseFunc // ends keeping it
 	done    chan struct{}           // closed when it is no longer listed
@@ -90,6 +91,9 @@ func (d *Daemon) unlist(e *entry) {
 	d.publishLocked(api.Removed, e)
 	d.mu.Unlock()
 	e.cancel(nil)
+	if e.at != nil {
+		e.at.Close()
+	}
 	close(e.done)
 	d.wg.Done()
 }

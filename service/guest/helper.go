@@ -30,7 +30,7 @@ const HelperRole = "helper"
 // Operations of a call.
 const (
 	opSetup   = "setup"   // Roots, Fusermount
-	opMount   = "mount"   // Key, Dir (empty: nowhere), Inode, Options, WireID, Keep; answers with the device, and the mount if it is nowhere
+	opMount   = "mount"   // Key, Dir (empty: nowhere), Options, WireID, Keep, and the directory, if the daemon has it; answers with the device, and the mount if it is nowhere
 	opAttach  = "attach"  // Key: it is seen at Dir from now on; answers with Mount
 	opAdopt   = "adopt"   // Key, Dir, Options, WireID, Mount: one that an earlier process made
 	opRemount = "remount" // Key, Options.ReadOnly
@@ -52,7 +52,6 @@ type call struct {
 	Dir        string `json:",omitempty"`
 	Options    MountOptions
 	WireID     uint32   `json:",omitempty"` // MountID of version 2
-	Inode      inode    // that Dir must be; zero: any
 	Keep       bool     `json:",omitempty"` // it stays when the daemon has ended: another will take it up
 	Mount      mountID  // as the kernel knows it
 	How        int      `json:",omitempty"` // howBusy, howDetach or howForce
@@ -147,8 +146,8 @@ func (h *helperServer) logf(format string, args ...any) {
 
 // serve answers one call. It owns files.
 func (h *helperServer) serve(q call, files []*os.File) (r report, made []*os.File, err error) {
-	want := map[string]int{opEvents1: 1, opEvents2: 1, opNotify: 2}[q.Op]
-	if len(files) != want && (q.Op != opEvents2 || len(files) != 0) {
+	want := map[string]int{opMount: 1, opEvents1: 1, opEvents2: 1, opNotify: 2}[q.Op]
+	if len(files) != want && (q.Op != opEvents2 && q.Op != opMount || len(files) != 0) {
 		for _, f := range files {
 			f.Close()
 		}
@@ -156,7 +155,11 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, made []*os.Fil
 	}
 	switch q.Op {
 	case opMount:
-		made, err = h.mount(q)
+		var target *os.File
+		if len(files) == 1 {
+			target = files[0]
+		}
+		made, err = h.mount(q, target)
 	case opAttach:
 		r.Mount, err = h.attach(q)
 	case opAdopt:
@@ -252,8 +255,9 @@ func (h *helperServer) suit(paths []string, export bool) (good []string, err err
 }
 
 // mount makes a mount. Where the kernel is asked directly it is nowhere until attach.
-func (h *helperServer) mount(q call) (made []*os.File, err error) {
-	m := &helperMount{wireID: q.WireID, keep: q.Keep}
+// It owns target, the directory where the caller of the daemon has it; nil: it is looked for here.
+func (h *helperServer) mount(q call, target *os.File) (made []*os.File, err error) {
+	m := &helperMount{wireID: q.WireID, keep: q.Keep, target: target}
 	m.readOnly.Store(q.Options.ReadOnly)
 	defer func() {
 		if err != nil {
@@ -264,12 +268,22 @@ func (h *helperServer) mount(q call) (made []*os.File, err error) {
 			made = nil
 		}
 	}()
-	if q.Dir != "" {
-		if m.point, m.target, err = preparePoint(q.Dir, h.roots); err != nil {
+	if target != nil {
+		if err = checkEmpty(int(target.Fd())); errors.Is(err, unix.ENOTCONN) {
+			target.Close() // a dead mount, which is taken away by its path
+			target, m.target = nil, nil
+		} else if err != nil {
+			return nil, pointError(q.Dir, q.Dir, err)
+		}
+	}
+	if target != nil {
+		// It is not looked for by its path: a trap of autofs lets nobody pass but who mounts, and waits for him.
+		if m.point, err = holdPoint(q.Dir); err != nil {
 			return nil, err
 		}
-		if !q.Inode.is(m.target) {
-			return nil, fmt.Errorf("mount point %s: %w: it leads to another directory now", q.Dir, unix.ESTALE)
+	} else if q.Dir != "" {
+		if m.point, m.target, err = preparePoint(q.Dir, h.roots); err != nil {
+			return nil, err
 		}
 	}
 	var dev *os.File

@@ -110,9 +110,9 @@ func (h *helper) receive() {
 	_ = h.proc.Wait()
 }
 
-// call asks the helper and waits for the answer, or until ctx ends. The file of the answer is the caller's.
-func (h *helper) call(ctx context.Context, q call) (answer, error) {
-	id, waiting, err := h.start(q)
+// call asks the helper and waits for the answer, or until ctx ends. The files of the answer are the caller's, and files stay his.
+func (h *helper) call(ctx context.Context, q call, files ...*os.File) (answer, error) {
+	id, waiting, err := h.start(q, files...)
 	if err != nil {
 		return answer{}, err
 	}

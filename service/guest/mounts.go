@@ -74,11 +74,19 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 	m = &mount{e: e, key: e.id, dir: e.spec.Dir, tag: e.spec.Tag, wireID: q.wireID, version: q.version, noFlush: q.noFlush,
 		keeps: q.keeps, hostReadOnly: q.readOnly, options: q.options, traffic: &traffic{}, ended: make(chan struct{})}
 	store := q.keeps && d.c.Store != nil
-	c := call{Op: opMount, Key: m.key, Dir: e.spec.Dir, Inode: e.at, Options: q.options, WireID: q.wireID, Keep: store}
+	c := call{Op: opMount, Key: m.key, Dir: e.spec.Dir, Options: q.options, WireID: q.wireID, Keep: store}
 	if e.nowhere {
 		c.Dir = ""
 	}
-	a, err := d.helper.call(ctx, c)
+	var files []*os.File
+	if e.at != nil {
+		files = []*os.File{e.at}
+	}
+	a, err := d.helper.call(ctx, c, files...)
+	if e.at != nil {
+		e.at.Close()
+		e.at = nil
+	}
 	if err == nil && a.file == nil {
 		err = errors.New("mount: the helper sent no device")
 	}

@@ -33,26 +33,6 @@ type mountID struct {
 	Dev1, Dev2 uint32
 }
 
-// inode tells one directory from another; the zero value is any.
-type inode struct{ Dev, Ino uint64 }
-
-func inodeOf(f *os.File) (inode, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return inode{}, os.NewSyscallError("fstat", err)
-	}
-	return inode{st.Dev, st.Ino}, nil
-}
-
-// is says whether f is that directory.
-func (i inode) is(f *os.File) bool {
-	if i == (inode{}) {
-		return true
-	}
-	have, err := inodeOf(f)
-	return err == nil && have == i
-}
-
 func mountIDOf(fd int) (mountID, error) {
 	var st unix.Statx_t
 	// DONT_SYNC: the file system may be ours, and its server may be gone.
