@@ -132,6 +132,9 @@ func (c *Config) Check() error {
 }
 
 func checkDir(dir string) error {
+	if err := checkHidden(dir); err != nil {
+		return err
+	}
 	fi, err := os.Stat(dir)
 	var pe *os.PathError
 	switch {
