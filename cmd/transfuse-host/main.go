@@ -189,7 +189,13 @@ func (f *flags) run(s *host.Server, all settings, passed *sd.Passed) error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	// A second signal ends the process at once.
-	context.AfterFunc(ctx, func() { sd.Stopping(); stop() })
+	stopping := make(chan struct{})
+	untold := context.AfterFunc(ctx, func() { sd.Stopping(); stop(); close(stopping) })
+	defer func() {
+		if !untold() {
+			<-stopping // or the process could end before it is told
+		}
+	}()
 	// What goes on beside the server ends after it.
 	beside, end := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

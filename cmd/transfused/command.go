@@ -253,7 +253,13 @@ func (f flags) service(cmd *cobra.Command, c guest.Config, all flags, out *os.Fi
 func (f flags) run(ctx context.Context, c guest.Config, control *transport.Listener, level *slog.LevelVar) error {
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	context.AfterFunc(ctx, sd.Stopping)
+	stopping := make(chan struct{})
+	untold := context.AfterFunc(ctx, func() { sd.Stopping(); close(stopping) })
+	defer func() {
+		if !untold() {
+			<-stopping // or the process could end before it is told
+		}
+	}()
 	// What goes on beside the daemon ends after it.
 	beside, end := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

@@ -262,6 +262,44 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// A daemon that is started again while the host is away keeps its mounts, and they go on when it is there.
+func TestRestartWithoutHost(t *testing.T) {
+	r := newRig(t, 0)
+	host := r.host("")
+	m := r.newManager("transfused", "g")
+	args := []string{"--server", r.address("h"), "--mount", "code=" + r.mnt}
+	guest := m.start(args...)
+	r.mounted(r.mnt)
+	// It stands still, and then is gone for its peers.
+	if err := unix.Kill(host.cmd.Process.Pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	guest.stop(unix.SIGTERM)
+	guest = m.start(args...)
+	m.await(fmt.Sprintf("STATUS=1 mount, waiting for the host at %s", r.address("h")))
+	guest.stop(unix.SIGTERM) // while it waits
+	if diff := cmp.Diff([]string{"1.0"}, m.stored()); diff != "" {
+		t.Errorf("in the store: %s", diff)
+	}
+	r.mounted(r.mnt)
+	guest = m.start(args...)
+	if err := unix.Kill(host.cmd.Process.Pid, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	m.await("STATUS=1 mount, host connected, protocol 2")
+	s := r.shell()
+	s.do("echo x >" + filepath.Join(r.mnt, "file"))
+	if b, err := os.ReadFile(filepath.Join(r.export, "file")); err != nil || string(b) != "x\n" {
+		t.Errorf("the host has %q, %v", b, err)
+	}
+	if err := unix.Unmount(r.mnt, 0); err != nil {
+		t.Error(err)
+	}
+	m.await("STATUS=0 mounts, host connected, protocol 2")
+	guest.stop(unix.SIGTERM)
+	host.stop(unix.SIGTERM)
+}
+
 // shell is a process that does what it is told.
 type shell struct {
 	t   *testing.T

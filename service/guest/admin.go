@@ -54,7 +54,7 @@ func (d *Daemon) Mount(ctx context.Context, spec api.MountSpec) (api.Mount, erro
 	if err != nil {
 		return api.Mount{}, err
 	}
-	e, err := d.want(s, false)
+	e, err := d.want(s, false, true)
 	mine := err == nil
 	switch {
 	case mine:
@@ -174,6 +174,13 @@ func (d *Daemon) Unmount(ctx context.Context, id string, how api.Unmounting) err
 	before, text := e.state, e.text
 	d.setLocked(e, api.Draining, "")
 	d.mu.Unlock()
+	restore := func() {
+		d.mu.Lock()
+		if e.state == api.Draining { // else it has changed meanwhile
+			d.setLocked(e, before, text)
+		}
+		d.mu.Unlock()
+	}
 	q := call{Op: opUnmount, Key: m.key, How: howBusy}
 	switch {
 	case how.Force:
@@ -184,10 +191,10 @@ func (d *Daemon) Unmount(ctx context.Context, id string, how api.Unmounting) err
 	_, err := d.helper.call(ctx, q)
 	switch {
 	case errors.Is(err, unix.EBUSY):
-		d.set(e, before, text)
+		restore()
 		return api.Errorf(api.Busy, "unmount %s: %w: something is open there (fuser -vm %[1]s); --lazy detaches it all the same", e.spec.Dir, unix.EBUSY)
 	case err != nil:
-		d.set(e, before, text)
+		restore()
 		return api.Errorf(api.Internal, "unmount %s: %w", e.spec.Dir, err)
 	case how.Force:
 		d.closeMount(m)

@@ -36,14 +36,14 @@ func TestMountsAreBounded(t *testing.T) {
 	d := &Daemon{entries: map[uint64]*entry{}}
 	d.ctx = t.Context()
 	for i := range maxMounts {
-		if _, err := d.want(MountSpec{Tag: "x", Dir: fmt.Sprintf("/mnt/%d", i)}, false); err != nil {
+		if _, err := d.want(MountSpec{Tag: "x", Dir: fmt.Sprintf("/mnt/%d", i)}, false, false); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := d.want(MountSpec{Tag: "x", Dir: "/mnt/x"}, false); !errors.Is(err, unix.EMFILE) {
+	if _, err := d.want(MountSpec{Tag: "x", Dir: "/mnt/x"}, false, false); !errors.Is(err, unix.EMFILE) {
 		t.Error(err)
 	}
-	if _, err := d.want(MountSpec{Tag: "x", Dir: "/mnt/7/"}, false); !errors.Is(err, unix.EBUSY) {
+	if _, err := d.want(MountSpec{Tag: "x", Dir: "/mnt/7/"}, false, false); !errors.Is(err, unix.EBUSY) {
 		t.Error(err)
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 )
 
 // listName is the file in StateDir that has the mounts which are kept in the store, for CleanUp. It ends with the boot, as they do.
@@ -67,9 +69,14 @@ func CleanUp(stateDir string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
+	// The outer ones first: the way to an inner one leads through them, and nobody answers there any more. With it the inner one goes.
+	slices.SortFunc(all, func(a, b listed) int { return strings.Compare(a.Dir, b.Dir) })
 	var errs []error
 	for _, l := range all {
 		p, err := holdPoint(l.Dir)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
 		if err != nil {
 			errs = append(errs, err)
 			continue

@@ -71,11 +71,13 @@ func (c *control) offer(m wire.Message) {
 	}
 }
 
-// send queues m, and waits for room; it is lost when the channel ends.
-func (c *control) send(m wire.Message) {
+// send queues m, and waits for room; false: the channel has ended.
+func (c *control) send(m wire.Message) bool {
 	select {
 	case c.queue <- queued{m: m}:
+		return true
 	case <-c.done:
+		return false
 	}
 }
 
@@ -128,6 +130,7 @@ func (c *control) request(ctx context.Context, build func(id uint32) wire.Messag
 	defer func() {
 		c.mu.Lock()
 		delete(c.waiting, id)
+		delete(c.listed, id)
 		c.mu.Unlock()
 	}()
 	ctx, cancel := context.WithTimeoutCause(ctx, replyTime, errors.New("the host does not answer"))
@@ -375,6 +378,7 @@ func (d *Daemon) session1(ctx context.Context, c *control) error {
 	var wg sync.WaitGroup
 	wg.Go(c.write)
 	d.up(c)
+	d.tellUntold(c)
 	sctx, cancel := context.WithCancel(ctx)
 	if c.version >= wire.Version2 {
 		wg.Go(func() { d.keepEvents(sctx) })
@@ -406,9 +410,10 @@ func (d *Daemon) readControl(ctx context.Context, c *control, wg *sync.WaitGroup
 		if c.version < wire.Version2 && t >= wire.TypeRefused {
 			return fmt.Errorf("%w: %T from a host of version 1", wire.ErrProtocol, m)
 		}
+		d.loop.Enter(watchdog.WaitPeer) // an answer may wait for a host that does not read
 		switch m := m.(type) {
 		case *wire.SuitabilityRequest:
-			d.limited(wg, func() { d.suitability(ctx, c, m) })
+			err = d.limited(ctx, wg, func() { d.suitability(ctx, c, m) })
 		case *wire.PerfstatRequest:
 			c.send(d.perfstat(m))
 		case *wire.Ping:
@@ -418,9 +423,9 @@ func (d *Daemon) readControl(ctx context.Context, c *control, wg *sync.WaitGroup
 		case *wire.ExportsReply:
 			c.exports(m)
 		case *wire.MountAsk:
-			d.limited(wg, func() { d.mountAsked(ctx, c, m) })
+			err = d.limited(ctx, wg, func() { d.mountAsked(ctx, c, m) })
 		case *wire.UnmountAsk:
-			d.limited(wg, func() { d.unmountAsked(ctx, c, m) })
+			err = d.limited(ctx, wg, func() { d.unmountAsked(ctx, c, m) })
 		case *wire.Refused:
 			return fmt.Errorf("the host says: %w", &refusal{m.Errno, m.Text})
 		case *wire.Alive:
@@ -428,18 +433,29 @@ func (d *Daemon) readControl(ctx context.Context, c *control, wg *sync.WaitGroup
 		default:
 			return fmt.Errorf("%w: %T on the control channel", wire.ErrProtocol, m)
 		}
+		if err != nil {
+			return err
+		}
 	}
 }
 
-// limited runs f, of which a host may have so many at once; the channel is not read while there are more.
-func (d *Daemon) limited(wg *sync.WaitGroup, f func()) {
-	d.loop.Enter(watchdog.WaitPeer) // what it waits for waits for the host
-	d.asks <- struct{}{}
-	d.loop.Enter(watchdog.Running)
+// limited runs f as soon as fewer than maxAsks are running. The channel is read meanwhile, or what f waits for would not come; but a
+// host may not have more than maxMounts wait.
+func (d *Daemon) limited(ctx context.Context, wg *sync.WaitGroup, f func()) error {
+	if d.asked.Add(1) > maxMounts {
+		d.asked.Add(-1)
+		return fmt.Errorf("%w: more than %d requests of the host at once", wire.ErrProtocol, maxMounts)
+	}
 	wg.Go(func() {
-		defer func() { <-d.asks }()
-		f()
+		defer d.asked.Add(-1)
+		select {
+		case d.asks <- struct{}{}:
+			defer func() { <-d.asks }()
+			f()
+		case <-ctx.Done():
+		}
 	})
+	return nil
 }
 
 func (d *Daemon) suitability(ctx context.Context, c *control, m *wire.SuitabilityRequest) {

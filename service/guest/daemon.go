@@ -43,6 +43,7 @@ type Daemon struct {
 	helper    *helper
 	control   atomic.Pointer[control] // nil while it is down
 	asks      chan struct{}
+	asked     atomic.Int64 // of the host, running or waiting
 	ready     sync.Once
 	wg        sync.WaitGroup // mounts, and what serves them
 	keepers   sync.WaitGroup // who waits for mounts
@@ -58,7 +59,8 @@ type Daemon struct {
 	watchers map[*watcher]bool
 	ending   bool
 	leaving  bool
-	stale    []string // mounts that a helper which ended could not take away
+	untold   []*wire.Unmounted // that the host has not heard
+	stale    []string          // mounts that a helper which ended could not take away
 }
 
 var _ api.Guest = (*Daemon)(nil)

@@ -28,10 +28,10 @@ type entry struct {
 	ctx     context.Context
 	cancel  context.CancelCauseFunc // ends keeping it
 	done    chan struct{}           // closed when it is no longer listed
-	kept    bool                    // it is made again when it is lost; set before it is mounted
 
 	// Guarded by Daemon.mu.
 	configured bool
+	kept       bool   // it is made again when it is lost
 	m          *mount // that stands; nil: none
 	state      api.State
 	text       string // why it is not active
@@ -47,7 +47,7 @@ var (
 
 // want lists a mount. Where something is wanted at that directory already the error is EBUSY, and the entry is that one. Who wants it calls
 // unlist in the end, or has keep do it.
-func (d *Daemon) want(spec MountSpec, configured bool) (*entry, error) {
+func (d *Daemon) want(spec MountSpec, configured, kept bool) (*entry, error) {
 	o, err := ParseMountOptions(spec.Options)
 	if err != nil {
 		return nil, err
@@ -64,7 +64,11 @@ func (d *Daemon) want(spec MountSpec, configured bool) (*entry, error) {
 		}
 	}
 	d.lastID++
-	return d.listLocked(d.lastID, spec, o, configured)
+	e, err := d.listLocked(d.lastID, spec, o, configured)
+	if err == nil {
+		e.kept = kept
+	}
+	return e, err
 }
 
 // listLocked makes an entry. Precondition: d.mu is held.
@@ -137,7 +141,6 @@ func (d *Daemon) infoLocked(e *entry) api.Mount {
 // more. It unlists e, but one that is configured and can't be stays listed until it is not wanted.
 func (d *Daemon) keep(e *entry) error {
 	defer d.unlist(e)
-	e.kept = true
 	err := d.keepMounted(e)
 	d.mu.Lock()
 	stays := err != nil && e.configured && d.c.Stay
@@ -157,6 +160,9 @@ func (d *Daemon) apply(specs []MountSpec, failed func(error)) {
 	var gone, found []*entry
 	d.mu.Lock()
 	for _, e := range d.entries {
+		if e.nowhere || !e.kept {
+			continue // a container's, or the host's
+		}
 		i := slices.IndexFunc(specs, func(s MountSpec) bool { return filepath.Clean(s.Dir) == e.spec.Dir })
 		switch {
 		case i >= 0 && specs[i].Tag == e.spec.Tag && slices.Equal(specs[i].Options, e.spec.Options) && e.state != api.Failed:
@@ -182,7 +188,7 @@ func (d *Daemon) apply(specs []MountSpec, failed func(error)) {
 		if o, err := ParseMountOptions(spec.Options); err == nil && o.NoAuto {
 			continue // somebody else asks for it in time
 		}
-		e, err := d.want(spec, true)
+		e, err := d.want(spec, true, true)
 		if err != nil {
 			if e == nil || e.spec.Tag != spec.Tag {
 				d.warn(err)

@@ -167,8 +167,12 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, made []*os.Fil
 	case opRemount:
 		err = h.remount(q)
 	case opUnmount:
-		if m := h.take(q.Key, false); m != nil && m.point != nil {
+		switch m := h.take(q.Key, false); {
+		case m == nil:
+		case m.point != nil:
 			err = m.point.unmount(h.fusermount, q.How)
+		case q.How != howForce:
+			err = fmt.Errorf("it can't be reached from here: umount it where it is: %w", unix.ENOENT)
 		}
 	case opForget:
 		if m := h.take(q.Key, true); m != nil {

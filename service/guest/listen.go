@@ -179,7 +179,7 @@ func (d *Daemon) mount1(ctx context.Context, conn *transport.Conn, args []byte) 
 		conn.Close()
 		return fmt.Errorf("mount %s: %w", dir, err)
 	}
-	e, err := d.want(MountSpec{Dir: dir, Options: options}, false)
+	e, err := d.want(MountSpec{Dir: dir, Options: options}, false, false)
 	if err != nil {
 		conn.Close()
 		return err

@@ -22,6 +22,9 @@ import (
 	"transfused.org/transfused/service/wire"
 )
 
+// attachTime is how long it may take to show a mount: nothing of it waits for the host.
+const attachTime = 10 * time.Second
+
 // unmountTime is how long a mount may take to write back before its requests are failed.
 const unmountTime = 5 * time.Second
 
@@ -95,18 +98,21 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 		return nil, nil, err
 	}
 	at = a.more
+	begun := m
 	defer func() {
-		if err != nil {
-			if at != nil {
-				at.Close()
-			}
-			d.detach(m)
-			if m.recordFile != nil {
-				d.unstore(m)
-			}
-			if m.dev != nil {
-				m.dev.close()
-			}
+		if err == nil {
+			return
+		}
+		if a.more != nil {
+			a.more.Close()
+		}
+		m, at = nil, nil
+		d.detach(begun)
+		if begun.recordFile != nil {
+			d.unstore(begun)
+		}
+		if begun.dev != nil {
+			begun.dev.close()
 		}
 	}()
 	sock, err := dupNonblocking(q.conn)
@@ -131,11 +137,15 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 		return nil, at, err
 	}
 	m.pump = p
-	m.ctx, m.cancel = context.WithCancelCause(d.ctx)
+	// Not of the daemon's: how a mount ends then is decided when the daemon ends.
+	m.ctx, m.cancel = context.WithCancelCause(context.WithoutCancel(d.ctx))
 	d.begin(m)
-	seen, err := d.helper.call(ctx, call{Op: opAttach, Key: m.key})
+	// Whatever becomes of who asked: an attaching that is given up could come after the mount's end.
+	actx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), attachTime, errors.New("the mount point does not answer"))
+	seen, err := d.helper.call(actx, call{Op: opAttach, Key: m.key})
+	cancel()
 	if err != nil {
-		p.Close() // run takes the rest apart
+		d.closeMount(m) // run takes the rest apart
 		<-m.ended
 		m.recordFile, m.dev = nil, nil
 		return nil, at, err
@@ -252,11 +262,39 @@ func (d *Daemon) run(m *mount) {
 		d.log.Info("unmounted", "dir", m.dir, sd.Unmounted.Attr())
 	}
 	m.err = err
-	if c := d.control.Load(); c != nil && m.version >= wire.Version2 {
-		c.offer(&wire.Unmounted{MountID: m.wireID, Reason: reason, Text: text})
+	if m.version >= wire.Version2 {
+		d.tellUnmounted(&wire.Unmounted{MountID: m.wireID, Reason: reason, Text: text})
 	}
 	d.tell()
 	close(m.ended)
+}
+
+// tellUnmounted tells the host that a mount is gone, now or when it is there again: it may keep the mount's files and locks until then.
+func (d *Daemon) tellUnmounted(u *wire.Unmounted) {
+	d.mu.Lock()
+	d.untold = append(d.untold, u)
+	d.mu.Unlock()
+	if c := d.control.Load(); c != nil {
+		d.tellUntold(c)
+	}
+}
+
+func (d *Daemon) tellUntold(c *control) {
+	if c.version < wire.Version2 {
+		return
+	}
+	d.mu.Lock()
+	all := d.untold
+	d.untold = nil
+	d.mu.Unlock()
+	for i, u := range all {
+		if !c.send(u) {
+			d.mu.Lock()
+			d.untold = append(all[i:], d.untold...)
+			d.mu.Unlock()
+			return
+		}
+	}
 }
 
 // reasonAsked is what a mount ends by that nobody gave a reason for.
@@ -264,43 +302,54 @@ const reasonAsked = wire.ReasonAsked
 
 // carry pumps, over one stream after the other where the host keeps the mount, until it ends: nil when it was unmounted.
 func (d *Daemon) carry(m *mount) error {
+	var b backoff
+	var last said
 	for {
 		d.mu.Lock()
 		p := m.pump
 		d.mu.Unlock()
 		if p != nil {
+			began := time.Now()
 			err := p.Run()
 			d.mu.Lock()
 			m.pump = nil
+			leaving := d.leaving && m.recordFile != nil
 			d.mu.Unlock()
-			if err == errDrained {
+			switch {
+			case err == errDrained, leaving && errors.Is(err, ErrStream):
 				return errLeft
-			}
-			if !errors.Is(err, ErrStream) || !m.keeps {
+			case !errors.Is(err, ErrStream) || !m.keeps:
 				return err
 			}
-			d.log.Warn(fmt.Sprintf("%s: the mount waits for the host: %s", m.dir, err), "dir", m.dir)
+			if time.Since(began) > channelStands {
+				b.reset()
+				last.reset()
+			}
+			if !last.again(err.Error()) {
+				d.log.Warn(fmt.Sprintf("%s: the mount waits for the host: %s", m.dir, err), "dir", m.dir)
+			}
 			d.set(m.e, api.Reconnecting, err.Error())
+			if a := d.agreedOf(m); a != (agreed{}) && !a.Resend {
+				m.fail(unix.EIO) // the kernel can't send them again, and nobody else would answer
+			}
 		}
 		m.loop.Enter(watchdog.WaitPeer)
-		sock, err := d.resume(m)
+		sock, err := d.resume(m, &b)
 		if err != nil {
 			return err
 		}
 		if p, err = d.newPump(m, sock); err != nil {
 			return err
 		}
-		m.recordMu.Lock()
-		a := m.record.Agreed
-		m.recordMu.Unlock()
-		if a != (agreed{}) {
-			p.goOn(a)
-		}
+		p.goOn(d.agreedOf(m))
 		d.mu.Lock()
 		m.pump = p
-		leaving := d.leaving
+		leaving, ended := d.leaving && m.recordFile != nil, m.ctx.Err() != nil
 		d.mu.Unlock()
-		if leaving {
+		switch {
+		case ended: // who ended it saw no pump
+			p.Close()
+		case leaving:
 			p.drain(drainTime)
 		}
 		d.set(m.e, api.Active, "")
@@ -308,9 +357,26 @@ func (d *Daemon) carry(m *mount) error {
 	}
 }
 
+// agreedOf is what INIT agreed for m; zero: it was not answered.
+func (d *Daemon) agreedOf(m *mount) agreed {
+	m.recordMu.Lock()
+	defer m.recordMu.Unlock()
+	return m.record.Agreed
+}
+
+// fail answers the requests that have no answer, as far as they are known. Precondition: no pump runs.
+func (m *mount) fail(errno unix.Errno) {
+	for _, unique := range m.traffic.pending() {
+		var msg [fuse.OutHeaderSize]byte
+		fuse.Put(msg[:], &fuse.OutHeader{Len: uint32(len(msg)), Error: -int32(errno), Unique: unique})
+		_, _ = writeNow(m.dev.fd, msg[:]) // one that has ended meanwhile is ENOENT
+		m.traffic.end(unique, len(msg), -int32(errno))
+	}
+}
+
 // resume opens a new stream for m, as soon as the host is there, and returns its descriptor. The error is nil's of carry where m was unmounted
 // meanwhile, and ErrStream where the host has the mount no longer.
-func (d *Daemon) resume(m *mount) (sock int, err error) {
+func (d *Daemon) resume(m *mount, b *backoff) (sock int, err error) {
 	ctx, cancel := context.WithCancelCause(m.ctx)
 	defer cancel(nil)
 	w, err := newWaker()
@@ -331,8 +397,11 @@ func (d *Daemon) resume(m *mount) (sock int, err error) {
 			err = os.ErrClosed
 		}
 	}()
-	var b backoff
 	for {
+		// A stream that ends at once is not opened again at once.
+		if !b.wait(ctx) {
+			return -1, context.Cause(ctx)
+		}
 		c := d.waitControl(ctx)
 		if c == nil {
 			return -1, context.Cause(ctx)
@@ -349,9 +418,6 @@ func (d *Daemon) resume(m *mount) (sock int, err error) {
 		var r *refusal
 		if errors.As(err, &r) && r.errno != unix.EAGAIN && r.errno != unix.EBUSY && r.errno != unix.ESHUTDOWN {
 			return -1, fmt.Errorf("%w, and the host has the mount no longer: %w", ErrStream, err)
-		}
-		if !b.wait(ctx) {
-			return -1, context.Cause(ctx)
 		}
 	}
 }
@@ -372,12 +438,8 @@ const drainTime = 2 * time.Second
 // leaveNothing lets go of m in this process. A kernel that can't send requests again has those that are not answered fail
 // now, with EINTR: nobody else would answer them.
 func (d *Daemon) leaveNothing(m *mount) {
-	if m.record.Agreed != (agreed{}) && !m.record.Agreed.Resend {
-		for _, unique := range m.traffic.pending() {
-			var msg [fuse.OutHeaderSize]byte
-			fuse.Put(msg[:], &fuse.OutHeader{Len: uint32(len(msg)), Error: -int32(unix.EINTR), Unique: unique})
-			_, _ = writeNow(m.dev.fd, msg[:]) // one that has ended meanwhile is ENOENT
-		}
+	if a := d.agreedOf(m); a != (agreed{}) && !a.Resend {
+		m.fail(unix.EINTR)
 	}
 	m.dev.close()
 	m.recordFile.Close()
@@ -526,7 +588,7 @@ func (d *Daemon) mountAsked(ctx context.Context, c *control, q *wire.MountAsk) {
 	}
 	var e *entry
 	if err == nil {
-		e, err = d.want(spec, false)
+		e, err = d.want(spec, false, false)
 	}
 	var m *mount
 	if err == nil {

@@ -163,13 +163,16 @@ func newPump(d *device, sock int, o PumpOptions) (*Pump, error) {
 	return p, nil
 }
 
-// goOn has a pump of a mount that has had its INIT, by another pump, go on from there. What was sent to the host and not
-// answered is sent again.
+// goOn has a pump go on where another one of the same mount has ended. What was sent to the host and not answered is sent again:
+// INIT too, if that is all there was.
 func (p *Pump) goOn(a agreed) {
+	p.resend = true
+	if a == (agreed{}) {
+		return
+	}
 	p.requestSize, p.maxReply = a.RequestSize, a.MaxReply
 	p.minor.Store(a.Minor)
 	p.maxWrite.Store(a.MaxWrite)
-	p.resend = true
 	p.shortcuts.noFlush = false // which files are locked is not known any more
 }
 
@@ -365,7 +368,12 @@ func (p *Pump) sendAgain() error {
 	fuse.Put(msg[:], &fuse.OutHeader{Len: uint32(len(msg)), Error: int32(fuse.NOTIFY_RESEND)})
 	_, err := writeNow(p.dev.fd, msg[:])
 	switch errnoOf(err) {
-	case 0, syscall.EINVAL:
+	case 0:
+		return nil
+	case syscall.EINVAL:
+		if p.maxWrite.Load() == 0 {
+			return errors.New("INIT was lost with its stream, and this kernel can't send it again")
+		}
 		return nil
 	case syscall.ENODEV, syscall.ECONNABORTED:
 		return errUnmounted

@@ -12,6 +12,7 @@ import (
 
 	"transfused.org/transfused/service/api"
 	"transfused.org/transfused/service/sd"
+	"transfused.org/transfused/service/wire"
 )
 
 // store puts m into the store, with what there is to know of it. It is called before m runs.
@@ -33,7 +34,9 @@ func (d *Daemon) store(m *mount) error {
 		d.log.Error("the mount can't be kept over a restart, and so is not made", "dir", m.dir, "error", err, sd.StoreRefused.Attr())
 		return err
 	}
+	d.mu.Lock()
 	m.recordFile = f
+	d.mu.Unlock()
 	return nil
 }
 
@@ -45,7 +48,9 @@ func (d *Daemon) unstore(m *mount) {
 		d.log.Error("take out of the store", "dir", m.dir, "error", err)
 	}
 	m.recordFile.Close()
+	d.mu.Lock()
 	m.recordFile = nil
+	d.mu.Unlock()
 }
 
 // change changes what the next process is told of m.
@@ -104,6 +109,7 @@ func (d *Daemon) takeUpOne(s sd.Stored) error {
 		fds := []unix.PollFd{{Fd: int32(m.dev.fd)}}
 		if _, perr := unix.Poll(fds, 0); perr == nil && fds[0].Revents&unix.POLLERR != 0 {
 			err = fmt.Errorf("%s was unmounted meanwhile: %w", m.dir, unix.ENODEV)
+			d.tellUnmounted(&wire.Unmounted{MountID: m.wireID, Reason: reasonAsked})
 		}
 	}
 	if err == nil {
@@ -118,7 +124,9 @@ func (d *Daemon) takeUpOne(s sd.Stored) error {
 		return err
 	}
 	d.session = id
-	m.e.nowhere = r.Nowhere
+	d.mu.Lock()
+	m.e.nowhere, m.e.kept = r.Nowhere, r.Kept
+	d.mu.Unlock()
 	// A path may lead through another mount that waits for its host: nothing here waits for that.
 	ctx, cancel := context.WithTimeoutCause(d.ctx, adoptTime, errors.New("the way there leads through a mount that does not answer"))
 	defer cancel()
@@ -129,7 +137,7 @@ func (d *Daemon) takeUpOne(s sd.Stored) error {
 	if _, err := d.helper.call(ctx, q); err != nil {
 		d.log.Warn("a mount that was taken up can't be reached: it goes on, but not for events, and unmounting it is up to you", "dir", m.dir, "error", err)
 	}
-	m.ctx, m.cancel = context.WithCancelCause(d.ctx)
+	m.ctx, m.cancel = context.WithCancelCause(context.WithoutCancel(d.ctx))
 	d.set(m.e, api.Reconnecting, "the daemon was started again")
 	d.log.Info("taken up", "dir", m.dir, "tag", m.tag, sd.MountTakenUp.Attr())
 	d.begin(m)

@@ -239,6 +239,10 @@ func (w *worker) stream(o *streamOrder, f *os.File) error {
 		f.Close()
 		return fmt.Errorf("mount %d: %w", o.MountID, unix.ENOENT)
 	}
+	if m.last != nil && o.Number <= m.last.number {
+		f.Close() // two that came at once: the parent knows the later one as the mount's
+		return fmt.Errorf("mount %d: stream %d after %d: %w", o.MountID, o.Number, m.last.number, unix.EBUSY)
+	}
 	c := transport.NewConn(f, o.Peer)
 	if err := c.Block(); err != nil {
 		c.Close()

@@ -115,6 +115,17 @@ func (s *Store) Put(name string, files ...*os.File) error {
 	if err := send("FDSTORE=1\nFDPOLL=0\nFDNAME="+name, fds...); err != nil {
 		return err
 	}
+	if err := s.kept(name, before, len(files)); err != nil {
+		// It may have them all the same.
+		_ = send("FDSTOREREMOVE=1\nFDNAME=" + name)
+		return err
+	}
+	s.files[name] = len(files)
+	return nil
+}
+
+// kept says why the manager has not kept what was put. Precondition: s.mu is held.
+func (s *Store) kept(name string, before, put int) error {
 	if err := barrier(); err != nil {
 		return err
 	}
@@ -122,10 +133,9 @@ func (s *Store) Put(name string, files ...*os.File) error {
 	var now uint32
 	if err := s.property("NFileDescriptorStore", &now); err != nil && !errors.Is(err, errNoManager) {
 		return err
-	} else if err == nil && int(now) < before+len(files) {
-		return fmt.Errorf("the service manager did not keep the descriptors of %s: it has %d, and %d were put: look at FileDescriptorStoreMax= and NotifyAccess= of the unit, and at its own log", name, now, before+len(files))
+	} else if err == nil && int(now) < before+put {
+		return fmt.Errorf("the service manager did not keep the descriptors of %s: it has %d, and %d were put: look at FileDescriptorStoreMax= and NotifyAccess= of the unit, and at its own log", name, now, before+put)
 	}
-	s.files[name] = len(files)
 	return nil
 }
 

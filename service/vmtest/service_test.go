@@ -373,7 +373,7 @@ func testBootMounts(t *testing.T, r *serviceRig) {
 		r.guest(t, "await mounted /mnt/cred; await mounted /mnt/fst; cat /mnt/cred/tag /mnt/fst/tag")
 		r.want(t, "active\nactive", "systemctl is-active mnt-fst.mount mnt-cred.mount")
 		r.want(t, "autofs\nauto\nfuse.transfuse", "findmnt -n -o FSTYPE /mnt/auto; timeout 60 cat /mnt/auto/tag; findmnt -n -o FSTYPE /mnt/auto | tail -n 1")
-		r.want(t, "", "systemctl --failed --no-legend --plain")
+		r.want(t, "", "systemctl --failed --no-legend --plain 'transfuse*' 'mnt-*'")
 	}
 	r.softReboot(t)
 	check()
@@ -387,7 +387,8 @@ func testBootMounts(t *testing.T, r *serviceRig) {
 	}
 	check()
 	r.guest(t, "systemctl unmask dbus.service dbus.socket systemd-networkd.service systemd-networkd.socket >/dev/null 2>&1; systemctl start dbus.socket")
-	// With a host that is gone, a shutdown ends in time.
+	// With a host that is gone, a shutdown ends in time, and what needs no mount comes up.
+	r.guest(t, "sed -i 's/transfuse defaults/transfuse nofail/' /etc/fstab")
 	r.host.stop(t)
 	begin := time.Now()
 	r.softReboot(t)
