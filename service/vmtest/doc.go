@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package vmtest boots Debian virtual machines with real virtio-vsock, and tests
-// transfused in one of them:
+// transfused in them: in Debian 13 all of it, in Debian 12 that its systemd and kernel, the oldest that are supported, can do the core of it.
 //
 //	go test -tags vm -count 1 -v ./service/vmtest
 //
 // A VM to try things in, with a root shell on its serial console (Ctrl-a x ends it):
 //
-//	go run ./service/vmtest/run [-share DIR] [PROGRAM…]
+//	go run ./service/vmtest/run [-share DIR] [-suite RELEASE] [PROGRAM…]
 //
 // It prints the VM's hybrid vsock socket, where transfuse-host listens for it and
 // reaches it, and copies the programs into its /usr/local/bin.
@@ -24,7 +24,7 @@
 //     It passes bytes in both directions, but no half-close, and the guest sees port numbers counted from 0.
 //   - QEMU and the devices run in a chroot of a newer Debian, each in a mount
 //     namespace of its own, and die with the program that booted them. So nothing is left to unmount or to kill.
-//   - The guest's systemd itself tells that it is up, over vsock. Nothing is slept for.
+//   - The guest's systemd itself tells that it is up, over vsock; Debian 12's can't yet, so a unit does. Nothing is slept for.
 //   - Its shell answers on vsock port 2222, one process a connection; there is no network and no SSH.
 //   - The disk is thrown away: a VM always starts from the image.
 package vmtest

@@ -26,17 +26,26 @@ var (
 	toolsScript []byte
 )
 
+// Debian releases that a guest can be.
+const (
+	Bookworm = "bookworm" // 12: systemd 252, the oldest that is supported; has what the service needs and no more
+	Trixie   = "trixie"   // 13: systemd 257
+)
+
 // Images are the cached results of building.
 type Images struct {
 	Guest string // folder with vmlinuz, initrd.img and disk.img
 	Tools string // folder with root, a tree that has QEMU and the vhost-user devices
 }
 
-// Build returns the images, building what the cache does not have; that takes some minutes. It
+// Build returns the images for a VM whose guest is of that Debian release, building what the cache does not have; that takes some minutes. It
 // needs root, as Boot does, and says on log what it does. The cache is $XDG_CACHE_HOME/transfused/vm; an image's folder is
-// named after the hash of the script that built it, so a changed script builds anew.
+// named after the release and the hash of the script that built it, so a changed script builds anew.
 // Concurrent calls, of several processes too, wait for each other, and a build that was interrupted leaves no image.
-func Build(ctx context.Context, log io.Writer) (*Images, error) {
+func Build(ctx context.Context, log io.Writer, suite string) (*Images, error) {
+	if suite != Bookworm && suite != Trixie {
+		return nil, fmt.Errorf("vm images: no guest is made of %q: say %s or %s", suite, Trixie, Bookworm)
+	}
 	if os.Geteuid() != 0 {
 		return nil, errors.New("vm images: building and booting need root (debootstrap, chroot): run it as root")
 	}
@@ -69,7 +78,7 @@ func Build(ctx context.Context, log io.Writer) (*Images, error) {
 		dir    *string
 	}{
 		{"tools", toolsScript, &im.Tools},
-		{"guest", guestScript, &im.Guest},
+		{suite, guestScript, &im.Guest},
 	} {
 		*image.dir = filepath.Join(cache, fmt.Sprintf("%s-%.8x", image.name, sha256.Sum256(image.script)))
 		if _, err := os.Stat(*image.dir); err == nil {
@@ -102,7 +111,7 @@ func build(ctx context.Context, log io.Writer, name string, script []byte, dir s
 	// Mounts that debootstrap makes and daemons that packages start end with these namespaces,
 	// also when the build is interrupted.
 	cmd := exec.Command("unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", string(script))
-	cmd.Env = append(os.Environ(), "OUT="+part, "MIRROR="+mirror, "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive",
+	cmd.Env = append(os.Environ(), "OUT="+part, "SUITE="+name, "MIRROR="+mirror, "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive",
 		"PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
 	cmd.Stdout, cmd.Stderr = buildLog, buildLog
 	p, err := start(cmd)

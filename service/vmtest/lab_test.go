@@ -28,7 +28,7 @@ type lab struct {
 
 // newLab boots the VM while it builds the programs.
 func newLab(t *testing.T) *lab {
-	images, err := Build(t.Context(), os.Stderr)
+	images, err := Build(t.Context(), os.Stderr, Trixie)
 	if err != nil {
 		t.Fatal(err)
 	}

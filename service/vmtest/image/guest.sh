@@ -1,22 +1,42 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 #
-# Builds $OUT/vmlinuz, $OUT/initrd.img and $OUT/disk.img: a small Debian guest with systemd,
+# Builds $OUT/vmlinuz, $OUT/initrd.img and $OUT/disk.img: a small Debian guest of $SUITE with systemd,
 # whose shell answers on vsock port 2222.
 set -eu
 root=$OUT/root
 
-debootstrap --variant=minbase \
-	--include=systemd,systemd-sysv,dbus,udev,kmod,procps,iproute2,linux-image-cloud-amd64,initramfs-tools,zstd,fuse3,socat,git,gcc,libc6-dev,make,attr,acl,inotify-tools,fio \
-	trixie "$root" "$MIRROR" /usr/share/debootstrap/scripts/sid
+packages=systemd,systemd-sysv,dbus,udev,kmod,procps,iproute2,linux-image-cloud-amd64,initramfs-tools,zstd,fuse3,socat
+case $SUITE in
+bookworm) ;; # for the service alone
+*) packages=$packages,git,gcc,libc6-dev,make,attr,acl,inotify-tools,fio ;;
+esac
+debootstrap --variant=minbase --include="$packages" "$SUITE" "$root" "$MIRROR" /usr/share/debootstrap/scripts/sid
 
 put() { # put FILE: the text on standard input becomes that file of the guest
 	mkdir -p "$(dirname "$root$1")"
 	cat >"$root$1"
 }
 
-# It fails in debootstrap, which has no system bus to tell.
-chroot "$root" apt-get install -q -y --no-install-recommends polkitd
+case $SUITE in
+bookworm)
+	# Its systemd 252 does not know vmm.notify_socket, by which later ones tell vm.go that they are up.
+	put /etc/systemd/system/notify-vmm.service <<'UNIT'
+[Unit]
+After=multi-user.target
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'printf READY=1 | socat -u - VSOCK-CONNECT:2:2223'
+[Install]
+WantedBy=multi-user.target
+UNIT
+	chroot "$root" systemctl enable notify-vmm.service
+	;;
+*)
+	# It fails in debootstrap, which has no system bus to tell.
+	chroot "$root" apt-get install -q -y --no-install-recommends polkitd
+	;;
+esac
 
 # One shell a connection. Whatever a script leaves running ends with its connection;
 # what is to stay is started by systemd-run.

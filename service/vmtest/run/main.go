@@ -15,18 +15,19 @@ import (
 
 func main() {
 	share := flag.String("share", "", "offer this `folder` by virtiofs: mount -t virtiofs share /mnt")
+	suite := flag.String("suite", vmtest.Trixie, "the Debian `release` of the guest: "+vmtest.Trixie+" or "+vmtest.Bookworm)
 	flag.Usage = func() {
-		fmt.Fprintln(flag.CommandLine.Output(), "usage: run [-share DIR] [PROGRAM…]: boots a VM with the programs in its /usr/local/bin")
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: run [-share DIR] [-suite RELEASE] [PROGRAM…]: boots a VM with the programs in its /usr/local/bin")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
-	if err := run(*share, flag.Args()); err != nil {
+	if err := run(*share, *suite, flag.Args()); err != nil {
 		fmt.Fprintln(os.Stderr, "run:", err)
 		os.Exit(1)
 	}
 }
 
-func run(share string, programs []string) error {
+func run(share, suite string, programs []string) error {
 	ctx := context.Background()
 	if share != "" {
 		var err error
@@ -34,7 +35,7 @@ func run(share string, programs []string) error {
 			return err
 		}
 	}
-	images, err := vmtest.Build(ctx, os.Stderr)
+	images, err := vmtest.Build(ctx, os.Stderr, suite)
 	if err != nil {
 		return err
 	}
