@@ -50,9 +50,10 @@ func debs(t *testing.T, dir string, names ...string) (files []string) {
 	return files
 }
 
-// TestService has the packages installed in a VM whose systemd runs them, and the host's server here.
-func TestService(t *testing.T) {
-	images, err := Build(t.Context(), os.Stderr)
+// newServiceRig boots a guest of that Debian release, which gets the packages and a credential, and starts the host's server here.
+func newServiceRig(t *testing.T, suite string) *serviceRig {
+	t.Helper()
+	images, err := Build(t.Context(), os.Stderr, suite)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,10 +90,12 @@ func TestService(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, c := range []struct {
-		name string
-		run  func(t *testing.T, r *serviceRig)
-	}{
+	return r
+}
+
+// TestService has the packages installed in a VM whose systemd runs them, and the host's server here.
+func TestService(t *testing.T) {
+	newServiceRig(t, Trixie).run(t, []serviceTest{
 		{"install", testInstall},
 		{"activation", testActivation},
 		{"configuration", testConfiguration},
@@ -107,11 +110,7 @@ func TestService(t *testing.T) {
 		{"upgrade", testUpgrade},
 		{"boot", testBootMounts},
 		{"purge", testPurge},
-	} {
-		if !t.Run(c.name, func(t *testing.T) { c.run(t, r) }) && c.name == "install" {
-			t.FailNow()
-		}
-	}
+	})
 }
 
 // serviceRig is the VM with the packages, and the host's server here.
@@ -121,6 +120,21 @@ type serviceRig struct {
 	exports []string
 	host    daemon
 	dirs    map[string]string // of the exports, by tag
+}
+
+// serviceTest is a test that finds the guest as the one before it left it.
+type serviceTest struct {
+	name string
+	run  func(t *testing.T, r *serviceRig)
+}
+
+// run runs tests in their order, none of them if the first fails.
+func (r *serviceRig) run(t *testing.T, tests []serviceTest) {
+	for i, c := range tests {
+		if !t.Run(c.name, func(t *testing.T) { c.run(t, r) }) && i == 0 {
+			t.FailNow()
+		}
+	}
 }
 
 // want fails the test unless out is what the guest's script prints.
