@@ -14,7 +14,7 @@
 //
 // Images are built once by the scripts in image/ and cached in
 // ${XDG_CACHE_HOME:-~/.cache}/transfused/vm (1.5 GB; remove it at will while no VM runs).
-// That takes two minutes and needs root, and debootstrap, which make test-vm installs. Set
+// That takes some minutes and needs root, and debootstrap, which make test-vm installs. Set
 // TRANSFUSED_VM_MIRROR to build from another Debian archive than the one that apt uses, and
 // TRANSFUSED_VM_KVM=1 where /dev/kvm works: the default is emulation, which works everywhere.
 //
