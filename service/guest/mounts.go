@@ -139,7 +139,7 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 	m.pump = p
 	// Not of the daemon's: how a mount ends then is decided when the daemon ends.
 	m.ctx, m.cancel = context.WithCancelCause(context.WithoutCancel(d.ctx))
-	d.begin(m)
+	missed := d.begin(m)
 	// Whatever becomes of who asked: an attaching that is given up could come after the mount's end.
 	actx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), attachTime, errors.New("the mount point does not answer"))
 	seen, err := d.helper.call(actx, call{Op: opAttach, Key: m.key})
@@ -159,13 +159,13 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 	}
 	d.set(e, api.Active, "")
 	d.log.Info("mounted", "dir", m.dir, "tag", m.tag, sd.Mounted.Attr())
-	d.mu.Lock()
-	ending := d.ending
-	d.mu.Unlock()
-	if err = context.Cause(e.ctx); ending {
+	switch err = context.Cause(e.ctx); {
+	case missed:
 		err = errEnding
+	case !errors.Is(err, errNotWanted):
+		err = nil // if the daemon is ending, it has seen m, and unmounts or leaves it
 	}
-	if err != nil { // who ended it may have come too early to see m
+	if err != nil {
 		d.unmount(m, wire.ReasonShutdown)
 		m.recordFile, m.dev = nil, nil
 		return nil, at, err
@@ -184,17 +184,19 @@ func (d *Daemon) newPump(m *mount, sock int) (*Pump, error) {
 	return p, nil
 }
 
-// begin has m run, until it has ended.
-func (d *Daemon) begin(m *mount) {
+// begin has m run, until it has ended. missed: the daemon is ending, and does not see to m.
+func (d *Daemon) begin(m *mount) (missed bool) {
 	d.mu.Lock()
 	m.e.m = m
 	d.mounts[m.key] = m
+	missed = d.ending
 	d.wg.Add(1) // its entry keeps the count above 0
 	d.mu.Unlock()
 	go func() {
 		defer d.wg.Done()
 		d.run(m)
 	}()
+	return missed
 }
 
 // detach takes away a mount that has no pump, so that nobody meets ENOTCONN or waits in it.
