@@ -387,7 +387,7 @@ func testBootMounts(t *testing.T, r *serviceRig) {
 		r.guest(t, "await mounted /mnt/cred; await mounted /mnt/fst; cat /mnt/cred/tag /mnt/fst/tag")
 		r.want(t, "active\nactive", "systemctl is-active mnt-fst.mount mnt-cred.mount")
 		r.want(t, "autofs\nauto\nfuse.transfuse", "findmnt -n -o FSTYPE /mnt/auto; timeout 60 cat /mnt/auto/tag; findmnt -n -o FSTYPE /mnt/auto | tail -n 1")
-		r.want(t, "", "systemctl --failed --no-legend --plain 'transfuse*' 'mnt-*'")
+		r.want(t, "", "systemctl list-units --failed --no-legend --plain 'transfuse*' 'mnt-*'")
 	}
 	r.softReboot(t)
 	check()
