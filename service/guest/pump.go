@@ -222,9 +222,6 @@ var began = time.Now()
 // with ECONNABORTED once no other process holds the device.
 func (p *Pump) Close() { p.stop(os.ErrClosed) }
 
-// Device returns a duplicate of the mount's device, for passing it on. The error is os.ErrClosed after Run.
-func (p *Pump) Device() (*os.File, error) { return p.dev.dup() }
-
 // Done is closed when the pump begins to end.
 func (p *Pump) Done() <-chan struct{} { return p.done }
 

@@ -74,18 +74,24 @@ func activated(t *testing.T, names string, files ...*os.File) (out func() string
 	}
 }
 
-func TestTake(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "s")
+// listening is a Unix socket that listens, as a service manager has it.
+func listening(t *testing.T) (path string, f *os.File) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "s")
 	ln, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ln.Close()
-	f, err := ln.(*net.UnixListener).File()
-	if err != nil {
+	t.Cleanup(func() { ln.Close() })
+	if f, err = ln.(*net.UnixListener).File(); err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
+	t.Cleanup(func() { f.Close() })
+	return path, f
+}
+
+func TestTake(t *testing.T) {
+	path, f := listening(t)
 	null, err := os.Open("/dev/null")
 	if err != nil {
 		t.Fatal(err)
@@ -114,17 +120,7 @@ func TestTakeRefuses(t *testing.T) {
 	a, b := os.NewFile(uintptr(fds[0]), "a"), os.NewFile(uintptr(fds[1]), "b")
 	defer a.Close()
 	defer b.Close()
-	path := filepath.Join(t.TempDir(), "s")
-	ln, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	f, err := ln.(*net.UnixListener).File()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	path, f := listening(t)
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
