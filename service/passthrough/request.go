@@ -142,12 +142,16 @@ func reply[T fuse.Struct](r *request, v *T) fuse.Errno {
 	return 0
 }
 
+// outLead is where a reply begins in a buffer, in bytes, for the data behind its header to begin with a cache line. Where
+// data begin 1 to 31 bytes into a page, some processors (AMD's Zen 3) copy them there four times slower, pread(2)'s page by page.
+const outLead = 64 - fuse.OutHeaderSize
+
 // room makes place for n more bytes in the reply, n at most maxTransfer plus 4096, and returns them. What
 // the operation fills of them it appends: r.out = append(r.out, b[:k]...) costs no copy but is not needed, r.fill(k) is enough.
 func (r *request) room(n int) []byte {
 	if cap(r.out)-len(r.out) < n {
-		b := r.fs.limits.getBuffer(len(r.out)+n, r.inBuf != nil || r.outBuf != nil)
-		out := append(b.b[:0], r.out...)
+		b := r.fs.limits.getBuffer(outLead+len(r.out)+n, r.inBuf != nil || r.outBuf != nil)
+		out := append(b.b[outLead:outLead], r.out...)
 		if r.outBuf != nil {
 			r.fs.limits.putBuffer(r.outBuf)
 		}
