@@ -157,7 +157,8 @@ func TestPassedSockets(t *testing.T) {
 	}
 	defer null.Close()
 	// Only a shell knows the pid before the program runs.
-	cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, os.Args[0], "--export", "code=/usr")
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, os.Args[0], "--export", "code=/usr",
+		"--listen", "unix:"+filepath.Join(dir, "h.sock")) // which is passed: it is not listened on again
 	cmd.Env = append(os.Environ(), mainEnv+"=1", "LISTEN_FDS=3", "LISTEN_FDNAMES=control:host:wrong")
 	cmd.ExtraFiles = append(files, null)
 	out := running(t, cmd)

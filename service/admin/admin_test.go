@@ -515,7 +515,7 @@ func newHost() *admintest.Host {
 func TestHost(t *testing.T) {
 	h := newHost()
 	h.Broken = map[string]error{"Reload": api.Errorf(api.Invalid, "host.toml:3: unknown key")}
-	socket, _ := serveAt(t, func(ctx context.Context, l *transport.Listener, log *slog.Logger) error {
+	socket, out := serveAt(t, func(ctx context.Context, l *transport.Listener, log *slog.Logger) error {
 		return ServeHost(ctx, l, h, "1.2", log)
 	})
 	c := NewHost(socket)
@@ -528,6 +528,8 @@ func TestHost(t *testing.T) {
 	var e *api.Error
 	if err := c.Reload(ctx); !errors.As(err, &e) || e.Kind != api.Invalid || e.Text != "host.toml:3: unknown key" {
 		t.Errorf("Reload: %v", err)
+	} else if strings.Contains(out.String(), "host.toml:3") {
+		t.Errorf("what the server logs is logged again:\n%s", out)
 	}
 	if _, ok := <-changes; !ok || h.Reloads() != 1 {
 		t.Errorf("a change is told: %v, %d reloads", ok, h.Reloads())

@@ -79,7 +79,7 @@ func guestInterface(g api.Guest, r *refusals) varlink.Interface {
 		{"Unmount", changes, s.unmount},
 		{"Remount", changes, s.remount},
 		{"Exports", reads, s.exports},
-		{"Reload", changes, s.reload},
+		{"Reload", reloads, s.reload},
 		{"Wait", reads, s.wait},
 		{"Statistics", reads, s.statistics},
 		{"Trace", observes, s.trace},

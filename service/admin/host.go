@@ -36,7 +36,7 @@ func hostInterface(h api.Host, r *refusals) varlink.Interface {
 		{"Status", reads, s.status},
 		{"Exports", reads, s.exports},
 		{"Sessions", observes, s.sessions},
-		{"Reload", changes, s.reload},
+		{"Reload", reloads, s.reload},
 		{"Watch", reads, s.watch},
 	} {
 		i.Methods[m.name] = r.method(i.Name, m.name, m.a, m.f)

@@ -43,6 +43,7 @@ const (
 	reads    access = iota // everybody
 	observes               // root: it tells what others do
 	changes                // root, and its failures are logged
+	reloads                // root, and who reads the configuration logs what is wrong with it
 )
 
 // method makes a varlink method of f.

@@ -49,7 +49,9 @@ type Config struct {
 func (c *Config) addresses() []transport.Addr {
 	all := slices.Clone(c.Listen)
 	for _, l := range c.Inherited {
-		all = append(all, l.Addr())
+		if !slices.Contains(all, l.Addr()) {
+			all = append(all, l.Addr())
+		}
 	}
 	return all
 }

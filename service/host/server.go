@@ -146,6 +146,9 @@ func (s *Server) Run(ctx context.Context) error {
 		return err
 	}
 	for _, a := range s.conf.Listen {
+		if slices.ContainsFunc(s.conf.Inherited, func(l *transport.Listener) bool { return l.Addr() == a }) {
+			continue // the service manager listens there for us
+		}
 		l, err := transport.Listen(a)
 		if err != nil {
 			for _, l := range ls {

@@ -21,6 +21,7 @@ func TestService252(t *testing.T) {
 		{"restart", test252Restart},
 		{"killed", testServiceKilled},
 		{"stop", testServiceStop},
+		{"host", testHostPackage},
 		{"purge", testPurge},
 	})
 }

@@ -85,7 +85,7 @@ func newServiceRig(t *testing.T, suite string) *serviceRig {
 	r.host = serve(t, s, exports)
 
 	l.guest(t, "mkdir -p /etc/transfuse; umask 077; printf %s "+Quote(token)+" >/etc/transfuse/token")
-	for _, f := range debs(t, packages, "transfused", "transfuse-tools") {
+	for _, f := range debs(t, packages, "transfused", "transfuse-tools", "transfuse-host") {
 		if err := l.vm.Push(t.Context(), f, "/root/"+strings.SplitN(filepath.Base(f), "_", 2)[0]+".deb"); err != nil {
 			t.Fatal(err)
 		}
@@ -109,6 +109,7 @@ func TestService(t *testing.T) {
 		{"stop", testServiceStop},
 		{"upgrade", testUpgrade},
 		{"boot", testBootMounts},
+		{"host", testHostPackage},
 		{"purge", testPurge},
 	})
 }
@@ -175,9 +176,26 @@ func testInstall(t *testing.T, r *serviceRig) {
 	r.want(t, "fuse.transfuse cred", "findmnt -n -o FSTYPE,SOURCE /mnt/cred | tr -s ' '")
 	// All see its mounts, because it is in the namespace of PID 1.
 	r.guest(t, "test $(readlink /proc/$(systemctl show -P MainPID transfused)/ns/mnt) = $(readlink /proc/1/ns/mnt)")
-	r.want(t, "", "systemd-analyze verify --man=no /usr/lib/systemd/system/transfuse*.service /usr/lib/systemd/system/transfuse*.socket 2>&1 || true")
+	r.verifyUnits(t)
 	// It is confined all the same.
-	r.guest(t, `score=$(systemd-analyze security transfused.service | sed -n 's/.*Overall exposure level for transfused.service: \([0-9.]*\).*/\1/p'); echo "exposure $score"; awk "BEGIN { exit !($score <= 4.5) }"`)
+	r.exposure(t, "transfused.service", 4.5)
+}
+
+// verifyUnits fails the test if systemd has anything to say about the units of the packages that are installed.
+func (r *serviceRig) verifyUnits(t *testing.T) {
+	t.Helper()
+	r.want(t, "", "systemd-analyze verify --man=no /usr/lib/systemd/system/transfuse*.service /usr/lib/systemd/system/transfuse*.socket 2>&1 || true")
+}
+
+// exposure fails the test if systemd finds the unit more exposed than that.
+func (r *serviceRig) exposure(t *testing.T, unit string, most float64) {
+	t.Helper()
+	out := r.guest(t, "systemd-analyze security "+unit+" | sed -n 's/.*Overall exposure level for "+unit+": \\([0-9.]*\\).*/\\1/p'")
+	got, err := strconv.ParseFloat(out, 64)
+	if err != nil || got > most {
+		t.Errorf("the exposure of %s is %q (%v), more than %g", unit, out, err, most)
+	}
+	t.Logf("exposure of %s: %s", unit, out)
 }
 
 func testActivation(t *testing.T, r *serviceRig) {
@@ -412,7 +430,7 @@ func testBootMounts(t *testing.T, r *serviceRig) {
 }
 
 func testPurge(t *testing.T, r *serviceRig) {
-	r.guest(t, "dpkg --purge transfused transfuse-tools >/run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }")
+	r.guest(t, "dpkg --purge transfused transfuse-host transfuse-tools >/run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }")
 	r.noMounts(t)
 	r.want(t, "", "pgrep -a transfuse || true; systemctl list-units --all --no-legend --plain 'transfuse*'; ls -d /run/transfuse /usr/bin/transfus* /usr/lib/systemd/system/transfuse* /etc/systemd/system/*/transfuse* 2>/dev/null || true; find /etc/transfuse ! -name token ! -name transfuse 2>/dev/null || true")
 }
