@@ -37,6 +37,8 @@ type Options struct {
 	Submounts                passthrough.SubmountPolicy
 	Xattr                    passthrough.XattrMode
 	XattrMap                 []passthrough.XattrRule
+	Cache                    passthrough.CacheMode
+	Writeback                bool
 	// MaxOpenFiles and MaxInodes bound what one session has of this export;
 	// 0 leaves the defaults.
 	MaxOpenFiles, MaxInodes int
@@ -155,6 +157,9 @@ func (e *Export) check() error {
 	if e.Squash != nil && (len(e.UIDs) > 0 || len(e.GIDs) > 0) {
 		return fmt.Errorf("squash and id maps exclude each other: leave one out")
 	}
+	if e.Writeback && e.Cache != passthrough.CacheAlways {
+		return fmt.Errorf("writeback without cache=always would lose what is written on the host or by another guest meanwhile, since the guest would write its own pages over it: add cache=always if nobody else writes there, or leave writeback out")
+	}
 	e.Dir = filepath.Clean(e.Dir)
 	return nil
 }
@@ -181,6 +186,10 @@ var settings = map[string]func(e *Export, value string) error{
 	"xattr": choice(map[string]passthrough.XattrMode{
 		"on": passthrough.XattrOn, "off": passthrough.XattrOff, "user": passthrough.XattrUser,
 	}, func(e *Export) *passthrough.XattrMode { return &e.Xattr }),
+	"cache": choice(map[string]passthrough.CacheMode{
+		"coherent": passthrough.CacheCoherent, "none": passthrough.CacheNone, "always": passthrough.CacheAlways,
+	}, func(e *Export) *passthrough.CacheMode { return &e.Cache }),
+	"writeback": flag(func(e *Export) *bool { return &e.Writeback }),
 	"squash": func(e *Export, value string) error {
 		uid, gid, _ := strings.Cut(value, ":")
 		u, uerr := strconv.ParseUint(uid, 10, 32)
@@ -206,7 +215,7 @@ func (e *Export) Set(name, value string, given bool) error {
 		return fmt.Errorf("unknown option %q: there are %s", name, strings.Join(slices.Sorted(maps.Keys(settings)), ", "))
 	}
 	switch name {
-	case "ro", "suid", "dev", "acl":
+	case "ro", "suid", "dev", "acl", "writeback":
 		if !given {
 			value = "true"
 		}

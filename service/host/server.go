@@ -39,6 +39,7 @@ type Server struct {
 	limits    confinement // of each worker; paths and capabilities come with the session
 
 	meter meter
+	hub   *hub
 
 	started   atomic.Bool // it accepts, and Ready is about to be called or has been
 	reloading sync.Mutex  // serializes Reconfigure; taken before mu
@@ -121,6 +122,7 @@ func newServer(c Config) *Server {
 		limits: confinement{Files: workerFiles, SoftMemory: workerSoftMemory, HardMemory: workerHardMemory},
 		meter:  meter{byTag: map[string]passthrough.Counts{}}, watchers: map[chan struct{}]bool{}, sessions: map[*session]bool{}, quotas: map[identity]quota{},
 	}
+	s.hub = newHub(log)
 	s.rules.Store(newPolicy(&c))
 	return s
 }
@@ -186,7 +188,7 @@ func (s *Server) policy() *policy { return s.rules.Load() }
 func (s *Server) tryWorker() error {
 	c := s.limits
 	c.Caps = serverCaps(false, false)
-	w, err := startWorker(c, s.log, workerEvents{died: func(error) {}})
+	w, err := startWorker(c, s.hub, s.log, workerEvents{died: func(error) {}})
 	if err != nil {
 		return fmt.Errorf("workers cannot be started here: %w", err)
 	}
@@ -228,6 +230,7 @@ func (s *Server) serve(ctx context.Context, ls []*transport.Listener) {
 		l.Close()
 	}
 	s.wg.Wait()
+	s.hub.close()
 }
 
 func (s *Server) accept(ctx context.Context, l *transport.Listener) {
@@ -469,6 +472,6 @@ func (s *Server) openNotifyV1(c *transport.Conn, m *wire.NotifyOpen) error {
 	if found == nil {
 		return fmt.Errorf("%w: notify channel for %q, where this host has mounted nothing", unix.ENOENT, m.Dir)
 	}
-	owner.keepNotify(c, found)
+	owner.passNotify(c, found)
 	return nil
 }

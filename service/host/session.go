@@ -5,10 +5,8 @@ package host
 import (
 	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"slices"
@@ -47,7 +45,8 @@ type session struct {
 	work    sync.WaitGroup
 	busy    chan struct{} // one for each request being worked on
 
-	counting atomic.Bool // the worker has been asked for its counts, and not answered
+	working  chan struct{} // closed when there is a worker, for the first time
+	counting atomic.Bool   // the worker has been asked for its counts, and not answered
 
 	starting sync.Mutex  // serializes starting the worker, and what it must be there for; taken before mu
 	confined confinement // of the worker; guarded by starting
@@ -67,7 +66,6 @@ type session struct {
 	// under the number that it knows.
 	next    uint32                       // MountID, or ID of a question to the guest, used last
 	waiting map[uint32]chan wire.Message // for answers of the guest, by ID
-	events  *transport.Conn
 }
 
 // mount is one mount of an export by one guest.
@@ -90,7 +88,6 @@ type mount struct {
 	served  bool        // the last of them has not ended
 	stood   bool        // its notify channel came: the guest had mounted it
 	reason  wire.Reason // why it ended, if the guest said so
-	notify  *transport.Conn
 	counts  passthrough.Counts
 	timeout *time.Timer // until its first stream came
 }
@@ -106,7 +103,7 @@ var (
 func newSession(ctx context.Context, s *Server, p transport.Peer, m *wire.Init) *session {
 	ss := &session{
 		srv: s, number: s.began, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, boot: m.BootID, write: maxWrite,
-		next: rand.Uint32(), start: time.Now(), busy: make(chan struct{}, maxRequests),
+		next: rand.Uint32(), start: time.Now(), busy: make(chan struct{}, maxRequests), working: make(chan struct{}),
 		mounts: map[uint32]*mount{}, untold: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
 	}
 	ss.heard(m)
@@ -224,9 +221,6 @@ func (ss *session) run() {
 	ss.count(endTime) // for the last time
 	ss.mu.Lock()
 	c := ss.control
-	if ss.events != nil {
-		ss.events.Close()
-	}
 	for _, m := range ss.mounts {
 		ss.endLocked(m)
 	}
@@ -303,7 +297,7 @@ func (ss *session) workerFor(e *Export) (*workerProc, error) {
 		}
 	}
 	c.Caps = serverCaps(suid, dev)
-	w, err := startWorker(c, ss.log, workerEvents{ended: ss.mountEnded, lost: ss.streamLost, counted: ss.counted, died: func(err error) {
+	w, err := startWorker(c, ss.srv.hub, ss.log, workerEvents{ended: ss.mountEnded, lost: ss.streamLost, counted: ss.counted, died: func(err error) {
 		if err != nil {
 			ss.srv.meter.deaths.Add(1)
 			ss.log.Error("worker died: its session ends, no other", "error", err, sd.WorkerDied.Attr())
@@ -317,6 +311,11 @@ func (ss *session) workerFor(e *Export) (*workerProc, error) {
 	ss.mu.Lock()
 	ss.worker = w
 	ss.mu.Unlock()
+	select {
+	case <-ss.working:
+	default:
+		close(ss.working)
+	}
 	return w, nil
 }
 
@@ -475,9 +474,6 @@ func (ss *session) mountEnded(id uint32, text string) {
 func (ss *session) endLocked(m *mount) {
 	delete(ss.mounts, m.id)
 	m.timeout.Stop()
-	if m.notify != nil {
-		m.notify.Close()
-	}
 	if m.asked && m.reason == 0 && ss.control != nil {
 		ss.untold[m.id] = m
 	}
@@ -531,79 +527,56 @@ func (ss *session) openNotify(c *transport.Conn, o *wire.NotifyOpen2) error {
 	if err := wire.Write(c, &wire.OpenReply{}); err != nil {
 		return nil // it is gone, and needs no answer
 	}
-	ss.keepNotify(c, m)
+	ss.passNotify(c, m)
 	return nil
 }
 
-// keepNotify keeps the notify channel of m until it ends, and reads the
-// guest's answers: the errno of each write to its device.
-func (ss *session) keepNotify(c *transport.Conn, m *mount) {
+// passNotify gives the notify channel of m to the worker.
+func (ss *session) passNotify(c *transport.Conn, m *mount) {
 	ss.mu.Lock()
 	if ss.mounts[m.id] != m {
 		ss.mu.Unlock()
 		return
 	}
-	if m.notify != nil {
-		m.notify.Close()
-	}
-	first := !m.stood
-	m.notify, m.stood = c, true
+	first, w := !m.stood, ss.worker
+	m.stood = true
 	ss.mu.Unlock()
 	if first {
 		ss.log.Info("mounted", "tag", m.export.Tag, "dir", quote(m.dir), "read_only", m.export.ReadOnly, sd.Mounted.Attr())
 	}
-	var b [4]byte
-	for {
-		if _, err := io.ReadFull(c, b[:]); err != nil {
-			break
-		}
-		if errno := binary.LittleEndian.Uint32(b[:]); errno != 0 {
-			ss.log.Debug("notification refused by the guest's kernel", "tag", m.export.Tag, "errno", errno)
-		}
+	if err := w.notify(m.id, c); err != nil {
+		ss.log.Warn("notify channel lost", "tag", m.export.Tag, "error", err)
 	}
-	ss.mu.Lock()
-	if m.notify == c {
-		m.notify = nil
-	}
-	ss.mu.Unlock()
 }
 
-// openEvents keeps the session's event channel until it ends.
+// openEvents gives the session's event channel to the worker, now or when it has one.
 func (ss *session) openEvents(c *transport.Conn, o *wire.EventOpen) error {
 	ss.mu.Lock()
 	if ss.ctx.Err() != nil {
 		ss.mu.Unlock()
 		return fmt.Errorf("%w: the session has ended", unix.ESHUTDOWN)
 	}
-	if ss.events != nil {
-		ss.events.Close()
-	}
-	ss.events = c
 	ss.mu.Unlock()
-	defer func() {
-		ss.mu.Lock()
-		if ss.events == c {
-			ss.events = nil
-		}
-		ss.mu.Unlock()
-	}()
 	c.SetWriteDeadline(time.Now().Add(ss.srv.times.write))
 	if err := wire.Write(c, &wire.OpenReply{}); err != nil {
 		return nil // it is gone, and needs no answer
 	}
-	r := wire.NewReader(c, wire.MaxControl)
-	for {
-		t, body, err := r.Next()
-		if err != nil {
-			return nil
-		}
-		if m, err := wire.ToHost(t, body); err != nil {
-			ss.log.Warn("event channel closed: the guest broke the protocol", "error", err)
-			return nil
-		} else if d, ok := m.(*wire.EventDone); ok {
-			ss.log.Debug("event done", "number", d.Number, "errno", d.Errno)
-		}
+	c.SetWriteDeadline(time.Time{})
+	select {
+	case <-ss.working:
+	case <-ss.ctx.Done():
+		return nil
 	}
+	ss.mu.Lock()
+	w := ss.worker
+	ss.mu.Unlock()
+	if w == nil {
+		return nil // between two; the guest dials again
+	}
+	if err := w.eventChannel(o.ThreadID, c); err != nil {
+		ss.log.Warn("event channel lost", "error", err)
+	}
+	return nil
 }
 
 // unmounted notes that the guest has unmounted.

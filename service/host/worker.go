@@ -20,6 +20,7 @@ import (
 	"transfused.org/transfused/service/ipc"
 	"transfused.org/transfused/service/passthrough"
 	"transfused.org/transfused/service/transport"
+	"transfused.org/transfused/service/watch"
 	"transfused.org/transfused/service/wire"
 )
 
@@ -35,6 +36,9 @@ type order struct {
 	Stream  *streamOrder  `json:",omitempty"` // with the connection
 	Unmount *unmountOrder `json:",omitempty"`
 	Count   bool          `json:",omitempty"`
+	Changes bool          `json:",omitempty"` // with the socket of the hub, once
+	Notify  *notifyOrder  `json:",omitempty"` // with the connection
+	Events  *eventsOrder  `json:",omitempty"` // with the connection
 }
 
 type mountOrder struct {
@@ -43,6 +47,19 @@ type mountOrder struct {
 	Options Options
 	Ahead   bool // passthrough.Config's
 	Keep    bool // the mount outlives its streams
+	Watched bool // changes on the host come
+}
+
+// notifyOrder passes the notify channel of a mount, and eventsOrder the session's event channel, whose thread in the guest acts. Both have been
+// answered.
+type notifyOrder struct {
+	MountID uint32
+	Peer    transport.Peer
+}
+
+type eventsOrder struct {
+	Thread uint32
+	Peer   transport.Peer
 }
 
 // streamOrder passes a stream, the Number-th of its mount. With Reply the worker begins it with an
@@ -100,6 +117,8 @@ type worker struct {
 	streams sync.WaitGroup
 	mu      sync.Mutex // guards the rest, and what is in mounts
 	mounts  map[uint32]*workerMount
+	events  *eventChannel                  // nil: none
+	changes *changes                       // set once, before the first mount
 	limits  map[string]*passthrough.Limits // by tag and numbers, of exports that have their own; "" of the others
 }
 
@@ -176,6 +195,15 @@ func (w *worker) obey(o *order, files []*os.File) (r report) {
 	case o.Stream != nil && len(files) == 1:
 		used = true
 		err = w.stream(o.Stream, files[0])
+	case o.Changes && len(files) == 1 && w.changes == nil:
+		used = true
+		w.changes, err = newChanges(w, files[0])
+	case o.Notify != nil && len(files) == 1:
+		used = true
+		err = w.notify(o.Notify, files[0])
+	case o.Events != nil && len(files) == 1:
+		used = true
+		w.serveEvents(o.Events, files[0])
 	case o.Unmount != nil:
 		r.Counts = w.unmount(o.Unmount.MountID)
 	case o.Count:
@@ -201,17 +229,27 @@ func (w *worker) mount(o *mountOrder, root *os.File) error {
 		root.Close()
 		return fmt.Errorf("mount %d: %w", o.MountID, unix.EEXIST)
 	}
+	var changed func(watch.Change)
+	if c := w.changes; c != nil {
+		changed = func(k watch.Change) { c.report(o.MountID, k) }
+	}
 	fs, err := passthrough.New(passthrough.Config{
 		Root: root, Name: o.Tag, ProcFD: w.procFD, Limits: w.limitsOf(o),
 		ReadOnly: o.Options.ReadOnly, Suid: o.Options.Suid, Dev: o.Options.Dev, ACL: o.Options.ACL,
 		RootAs: o.Options.Root, UIDs: o.Options.UIDs, GIDs: o.Options.GIDs, Squash: o.Options.Squash,
 		Submounts: o.Options.Submounts, Xattr: o.Options.Xattr, XattrMap: o.Options.XattrMap,
-		Ahead: o.Ahead, Log: w.log.With("tag", o.Tag),
+		Cache: o.Options.Cache, Writeback: o.Options.Writeback,
+		Ahead: o.Ahead, Changed: changed, Log: w.log.With("tag", o.Tag),
 	})
 	if err != nil {
 		return fmt.Errorf("export %s: %w", o.Tag, err)
 	}
-	w.mounts[o.MountID] = &workerMount{fs: fs, keep: o.Keep}
+	fs.Watched(o.Watched)
+	m := &workerMount{fs: fs, keep: o.Keep}
+	w.mounts[o.MountID] = m
+	if w.events != nil {
+		fs.Act(w.events.actor(o.MountID))
+	}
 	return nil
 }
 

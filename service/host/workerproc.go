@@ -33,6 +33,7 @@ type workerProc struct {
 	limit *limiter
 
 	events workerEvents
+	member *member // of the hub
 
 	done chan struct{} // closed after died
 
@@ -51,7 +52,7 @@ type workerEvents struct {
 }
 
 // startWorker starts a worker and has it confine itself.
-func startWorker(c confinement, log *slog.Logger, events workerEvents) (*workerProc, error) {
+func startWorker(c confinement, h *hub, log *slog.Logger, events workerEvents) (*workerProc, error) {
 	p, err := ipc.Start(RoleWorker, workerAttr())
 	if err != nil {
 		return nil, err
@@ -68,6 +69,22 @@ func startWorker(c confinement, log *slog.Logger, events workerEvents) (*workerP
 	}
 	for _, text := range r.Warnings {
 		w.log.Warn("worker is less confined than it should be", "reason", quote(text))
+	}
+	member, file, err := h.join(p.Pid())
+	if err == nil {
+		_, err = w.order(order{Changes: true}, file)
+		file.Close()
+		w.mu.Lock()
+		gone := w.waiting == nil
+		w.member = member
+		w.mu.Unlock()
+		if gone {
+			member.leave()
+		}
+	}
+	if err != nil {
+		w.close()
+		return nil, fmt.Errorf("join the worker to what changes: %w", err)
 	}
 	return w, nil
 }
@@ -95,6 +112,7 @@ func (w *workerProc) read() {
 				ch <- r
 			}
 		case r.Ended != nil:
+			w.member.unmounted(r.Ended.MountID)
 			w.events.counted(r.Counts)
 			w.events.ended(r.Ended.MountID, r.Ended.Text)
 		case r.Lost != nil:
@@ -122,7 +140,11 @@ func (w *workerProc) read() {
 		close(ch)
 	}
 	w.waiting = nil
+	member := w.member
 	w.mu.Unlock()
+	if member != nil {
+		member.leave()
+	}
 	if asked {
 		err = nil
 	} else if err == nil {
@@ -186,8 +208,36 @@ func (w *workerProc) mount(m mountOrder, e *Export) (noFlush bool, err error) {
 	}
 	defer root.Close()
 	m.Tag, m.Options = e.Tag, e.Options
-	_, err = w.order(order{Mount: &m}, root)
+	if e.Cache == passthrough.CacheCoherent {
+		var why error
+		if m.Watched, why = w.member.mounted(m.MountID, e.Dir, root); !m.Watched {
+			w.log.Warn("changes on the host are not pushed to the guest, which looks again after a second", "tag", e.Tag, "reason", why)
+		}
+	}
+	if _, err = w.order(order{Mount: &m}, root); err != nil {
+		w.member.unmounted(m.MountID)
+	}
 	return passthrough.NoFlush(root, e.Submounts), err
+}
+
+// notify passes on the notify channel of a mount, and eventsOf the session's event channel. The caller still has c, closes it, and does nothing
+// else with it.
+func (w *workerProc) notify(id uint32, c *transport.Conn) error {
+	return w.pass(order{Notify: &notifyOrder{id, c.Peer()}}, c)
+}
+
+func (w *workerProc) eventChannel(thread uint32, c *transport.Conn) error {
+	return w.pass(order{Events: &eventsOrder{thread, c.Peer()}}, c)
+}
+
+func (w *workerProc) pass(o order, c *transport.Conn) error {
+	f, err := c.File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = w.order(o, f)
+	return err
 }
 
 // stream passes c on, as the mount's stream number n. The caller still has c, closes it, and does nothing else
@@ -204,6 +254,7 @@ func (w *workerProc) stream(id uint32, n uint64, c *transport.Conn, reply bool) 
 
 func (w *workerProc) unmount(id uint32) error {
 	r, err := w.order(order{Unmount: &unmountOrder{id}})
+	w.member.unmounted(id)
 	w.events.counted(r.Counts)
 	return err
 }

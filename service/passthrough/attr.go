@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
 )
 
 // setAttr fills what the guest is told about an inode.
@@ -27,13 +28,14 @@ func encodeDev(major, minor uint32) uint32 {
 }
 
 func (r *request) attrReply(n *node, st *unix.Statx_t) fuse.Errno {
-	out := r.fs.attrOut(n, st)
+	out := r.attrOut(n, st)
 	return reply(r, &out)
 }
 
-func (fs *FS) attrOut(n *node, st *unix.Statx_t) fuse.AttrOut {
-	out := fuse.AttrOut{AttrValid: fs.ttlSec, AttrValidNsec: fs.ttlNsec}
-	fs.setAttr(&out.Attr, n.ino, st)
+func (r *request) attrOut(n *node, st *unix.Statx_t) (out fuse.AttrOut) {
+	_, life := r.fs.life(r, n, st)
+	out.AttrValid, out.AttrValidNsec = seconds(life)
+	r.fs.setAttr(&out.Attr, n.ino, st)
 	return out
 }
 
@@ -50,7 +52,7 @@ func (r *request) tellAhead() []byte {
 	}
 	b := r.ahead[:]
 	fuse.Put(b, &fuse.OutHeader{Len: uint32(len(b)), Error: fuse.AheadCode})
-	fuse.Put(b[fuse.OutHeaderSize:], &fuse.AheadOut{Unique: r.hdr.Unique, NodeID: n.id, Attr: r.fs.attrOut(n, &st)})
+	fuse.Put(b[fuse.OutHeaderSize:], &fuse.AheadOut{Unique: r.hdr.Unique, NodeID: n.id, Attr: r.attrOut(n, &st)})
 	return b
 }
 
@@ -84,9 +86,11 @@ func opStatx(r *request) fuse.Errno {
 	if e := r.fs.stat(n, &st); e != 0 {
 		return e
 	}
+	_, life := r.fs.life(r, n, &st)
+	valid, validNsec := seconds(life)
 	sx := func(t unix.StatxTimestamp) fuse.SxTime { return fuse.SxTime{Sec: t.Sec, Nsec: t.Nsec} }
 	return reply(r, &fuse.StatxOut{
-		AttrValid: r.fs.ttlSec, AttrValidNsec: r.fs.ttlNsec,
+		AttrValid: valid, AttrValidNsec: validNsec,
 		Stat: fuse.Statx{
 			Mask: st.Mask & (unix.STATX_BASIC_STATS | unix.STATX_BTIME), Blksize: st.Blksize,
 			Attributes: st.Attributes, AttributesMask: st.Attributes_mask,
@@ -169,6 +173,11 @@ func opSetattr(r *request) fuse.Errno {
 		if e := utimensat(fd, emptyName, &ts, unix.AT_EMPTY_PATH); e != 0 {
 			return e
 		}
+	}
+	if in.Valid&fuse.FATTR_SIZE != 0 {
+		r.fs.reportFile(watch.Modify, n)
+	} else {
+		r.fs.reportFile(watch.Attrib, n)
 	}
 	var st unix.Statx_t
 	if e := statx(fd, emptyName, unix.AT_EMPTY_PATH, &st); e != 0 {

@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
 )
 
 func opMknod(r *request) fuse.Errno {
@@ -72,7 +73,7 @@ func (r *request) makeNamed(name cname, fn func(dir int, name cname) fuse.Errno)
 	if e := r.asCaller(func() fuse.Errno { return fn(dir, name) }); e != 0 {
 		return e
 	}
-	return r.entry(parent, dir, name)
+	return r.made(parent, dir, name)
 }
 
 func opLink(r *request) fuse.Errno {
@@ -101,7 +102,20 @@ func opLink(r *request) fuse.Errno {
 	if e := linkat(r.fs.procFD, b.setInt(fd), dir, name, unix.AT_SYMLINK_FOLLOW); e != 0 {
 		return e
 	}
-	return r.entry(parent, dir, name)
+	r.fs.reportFile(watch.Attrib, n) // one link more
+	return r.made(parent, dir, name)
+}
+
+// made is entry, of what the request has made.
+func (r *request) made(parent *node, dir int, name cname) fuse.Errno {
+	e := r.entry(parent, dir, name)
+	if e == 0 && r.fs.c.Changed != nil {
+		var out fuse.EntryOut
+		fuse.Decode(&out, r.out[fuse.OutHeaderSize:])
+		n, _ := r.node(out.NodeID)
+		r.fs.report(watch.Create, parent, name, n)
+	}
+	return e
 }
 
 func opCreate(r *request) fuse.Errno {
@@ -183,7 +197,14 @@ func (r *request) opened(parent *node, name cname, fd, flags int) fuse.Errno {
 		return e
 	}
 	h := r.fs.newHandle(n, fd, flags)
-	return reply(r, &fuse.OpenOut{Fh: h.id})
+	if len(name) > 1 {
+		r.fs.report(watch.Create, parent, name, n)
+	}
+	open := fuse.OpenOut{Fh: h.id}
+	if r.fs.c.Cache != CacheCoherent || r.fs.pushed() {
+		open.OpenFlags = r.fs.openFlags(n, &st)
+	}
+	return reply(r, &open)
 }
 
 func opTmpfile(r *request) fuse.Errno {

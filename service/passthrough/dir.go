@@ -21,6 +21,9 @@ func opOpendir(r *request) fuse.Errno {
 		return e
 	}
 	fs := r.fs
+	if fs.unopened(unix.S_IFDIR) {
+		return unix.ENOSYS // the kernel opens directories itself from now on, and caches their names
+	}
 	if e := fs.gone(n, fd); e != 0 {
 		return e
 	}
@@ -97,6 +100,11 @@ func (r *request) readdir(plus bool) fuse.Errno {
 			return e
 		}
 		if n == 0 || e != 0 {
+			if in.Fh == 0 && n == 0 { // its end: who reads it again begins again
+				r.fs.mu.Lock()
+				r.fs.unshare(r.hdr.NodeID)
+				r.fs.unlock()
+			}
 			return 0
 		}
 		for b := host[:n]; len(b) > 0; {
@@ -140,7 +148,7 @@ func (r *request) dirent(parent *node, dir int, rec []byte, plus bool) {
 					return
 				}
 				if n, e := r.fs.enter(parent, cname(name), &st); e == 0 {
-					r.fs.setEntry(&out, n, &st)
+					r.setEntry(&out, n, &st)
 					ino = n.ino
 				}
 			}

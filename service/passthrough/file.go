@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
 )
 
 // keepFlags are the flags of open(2) that mean something for the host's file. Not among them are:
@@ -20,6 +21,9 @@ const keepFlags = unix.O_ACCMODE | unix.O_TRUNC | unix.O_SYNC | unix.O_DSYNC | u
 // openFlags are the flags to open a file with.
 func (r *request) openFlags(flags uint32) (int, fuse.Errno) {
 	f := int(flags) & keepFlags
+	if r.fs.c.Writeback && f&unix.O_ACCMODE == unix.O_WRONLY {
+		f = f&^unix.O_ACCMODE | unix.O_RDWR // the kernel reads the rest of a page that is written in part
+	}
 	writes := f&unix.O_ACCMODE != unix.O_RDONLY || f&unix.O_TRUNC != 0
 	if writes && r.fs.c.ReadOnly {
 		return 0, unix.EROFS
@@ -34,6 +38,9 @@ func opOpen(r *request) fuse.Errno {
 	var in fuse.OpenIn
 	if !decode(r, &in) {
 		return unix.EINVAL
+	}
+	if r.fs.unopened(unix.S_IFREG) {
+		return unix.ENOSYS // the kernel opens files itself from now on
 	}
 	flags, e := r.openFlags(in.Flags)
 	if e != 0 {
@@ -71,7 +78,15 @@ func (r *request) openNode(n *node, fd, flags int) fuse.Errno {
 		return e
 	}
 	h := fs.newHandle(n, f, flags)
-	return reply(r, &fuse.OpenOut{Fh: h.id})
+	if flags&unix.O_TRUNC != 0 {
+		fs.reportFile(watch.Modify, n)
+	}
+	out := fuse.OpenOut{Fh: h.id}
+	var st unix.Statx_t
+	if fs.c.Cache != CacheCoherent || fs.pushed() && statx(f, emptyName, unix.AT_EMPTY_PATH, &st) == 0 {
+		out.OpenFlags = fs.openFlags(n, &st)
+	}
+	return reply(r, &out)
 }
 
 // gone is ESTALE if the host has removed n, so that the guest looks its name up again. What the guest itself has removed or
@@ -133,6 +148,7 @@ func opWrite(r *request) fuse.Errno {
 	if e != 0 {
 		return e
 	}
+	r.fs.reportFile(watch.Modify, h.node)
 	return reply(r, &fuse.WriteOut{Size: uint32(n)})
 }
 
@@ -140,6 +156,12 @@ func opFlush(r *request) fuse.Errno {
 	var in fuse.FlushIn
 	if !decode(r, &in) {
 		return unix.EINVAL
+	}
+	if in.Fh == actedFh && r.fs.actedOpen.Load() {
+		return 0
+	}
+	if in.Fh == 0 && r.fs.unopened(unix.S_IFREG) {
+		return unix.ENOSYS // nothing is written, and locks are the guest's own
 	}
 	h, e := r.handle(in.Fh)
 	if e != 0 {
@@ -179,11 +201,17 @@ func opRelease(r *request) fuse.Errno {
 	if !decode(r, &in) {
 		return unix.EINVAL
 	}
+	if in.Fh == actedFh && r.fs.actedOpen.Load() {
+		return 0
+	}
 	h, e := r.handle(in.Fh)
 	if e != 0 {
 		return e
 	}
 	r.fs.releaseLocks(r.hdr.NodeID, h, &in)
+	if h.flags&unix.O_ACCMODE != unix.O_RDONLY {
+		r.fs.reportFile(watch.CloseWrite, h.node)
+	}
 	return r.fs.closeHandle(r.hdr.NodeID, in.Fh)
 }
 

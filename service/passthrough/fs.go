@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/watch"
 )
 
 // SubmountPolicy says what the guest sees where another file system is mounted below the export.
@@ -42,11 +44,15 @@ type Config struct {
 	Xattr      XattrMode
 	XattrMap   []XattrRule
 
-	Ahead  bool          // tell the attributes of a changed directory ahead (fuse.AheadOut)
-	TTL    time.Duration // how long the guest may cache names and attributes; 0: one second
-	Limits *Limits       // shared by all mounts of one session; nil: defaults
-	ProcFD *os.File      // /proc/self/fd, not owned; nil: New opens it
-	Log    *slog.Logger  // nil: silent
+	Cache     CacheMode
+	Writeback bool // the guest writes when it likes; only with CacheAlways
+
+	Ahead   bool               // tell the attributes of a changed directory ahead (fuse.AheadOut)
+	TTL     time.Duration      // how long the guest may cache what it is not told of; 0: one second
+	Changed func(watch.Change) `json:"-"` // called with each change that the guest makes, from many goroutines; must not wait; nil: not
+	Limits  *Limits            // shared by all mounts of one session; nil: defaults
+	ProcFD  *os.File           // /proc/self/fd, not owned; nil: New opens it
+	Log     *slog.Logger       // nil: silent
 }
 
 // FS is the file system behind one mount of an export. Node ids and handles are its own.
@@ -57,13 +63,14 @@ type FS struct {
 	root   *node
 	log    *slog.Logger
 
-	ttlSec   uint64 // c.TTL, as the kernel wants it
-	ttlNsec  uint32
-	byHandle bool // nodes can be opened by file handle (CAP_DAC_READ_SEARCH)
-	mountFD  int  // a readable directory of the root's mount, for open_by_handle_at; -1 without byHandle
-	ownProc  bool
-	ids      ids
-	second   second
+	byHandle  bool // nodes can be opened by file handle (CAP_DAC_READ_SEARCH)
+	mountFD   int  // a readable directory of the root's mount, for open_by_handle_at; -1 without byHandle
+	ownProc   bool
+	ids       ids
+	second    second
+	caching   caching
+	acting    atomic.Pointer[acting] // the call that an Actor makes
+	actedOpen atomic.Bool            // a file has been opened with actedFh
 
 	session  atomic.Pointer[session] // nil before INIT
 	requests atomic.Uint64
@@ -79,6 +86,7 @@ type FS struct {
 	lastID  uint64
 	handles map[uint64]*handle
 	lastFh  uint64
+	shared  shared
 	how     unix.OpenHow // to open a name in a directory
 	lru     node         // ring of nodes whose descriptor may be closed; lru.next is the latest used
 	dead    []int        // descriptors to close at unlock
@@ -112,7 +120,7 @@ func (fs *FS) open() error {
 	if fs.c.TTL == 0 {
 		fs.c.TTL = time.Second
 	}
-	fs.ttlSec, fs.ttlNsec = uint64(fs.c.TTL/time.Second), uint32(fs.c.TTL%time.Second)
+	fs.caching.wake.L = &fs.caching.mu
 	if fs.c.ProcFD == nil {
 		fd, err := unix.Open("/proc/self/fd", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
@@ -142,6 +150,7 @@ func (fs *FS) open() error {
 
 // Close closes every descriptor. All Serves must have returned.
 func (fs *FS) Close() error {
+	fs.caching.close()
 	fs.second.close()
 	fs.mu.Lock()
 	fs.closed = true
@@ -149,6 +158,7 @@ func (fs *FS) Close() error {
 		unix.Close(h.fd)
 		fs.giveFile()
 	}
+	fs.shared.close(fs)
 	for _, n := range fs.nodes {
 		if n.fd >= 0 && n != fs.root {
 			unix.Close(n.fd)

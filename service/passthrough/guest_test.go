@@ -93,7 +93,7 @@ func (g *guest) dial() <-chan error {
 // offered are those that a kernel of 7.45 offers.
 const offered = fuse.ASYNC_READ | fuse.POSIX_LOCKS | fuse.ATOMIC_O_TRUNC | fuse.BIG_WRITES | fuse.DONT_MASK | fuse.FLOCK_LOCKS |
 	fuse.HAS_IOCTL_DIR | fuse.AUTO_INVAL_DATA | fuse.DO_READDIRPLUS | fuse.READDIRPLUS_AUTO | fuse.ASYNC_DIO | fuse.PARALLEL_DIROPS |
-	fuse.HANDLE_KILLPRIV | fuse.POSIX_ACL | fuse.ABORT_ERROR | fuse.MAX_PAGES | fuse.CACHE_SYMLINKS | fuse.NO_OPENDIR_SUPPORT |
+	fuse.HANDLE_KILLPRIV | fuse.POSIX_ACL | fuse.ABORT_ERROR | fuse.MAX_PAGES | fuse.CACHE_SYMLINKS |
 	fuse.HANDLE_KILLPRIV_V2 | fuse.SETXATTR_EXT | fuse.INIT_EXT | fuse.CREATE_SUPP_GROUP | fuse.HAS_EXPIRE_ONLY | fuse.HAS_RESEND
 
 func initBody() []byte {

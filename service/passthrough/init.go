@@ -43,10 +43,24 @@ func opInit(r *request) fuse.Errno {
 		r.fs.log.Error("the guest's kernel is too old: FUSE 7.31 (Linux 5.4) is needed", "major", in.Major, "minor", in.Minor)
 		return unix.EPROTO
 	}
-	want := wanted
+	var want uint64 = wanted
 	if r.fs.c.ACL {
 		// The host's default ACL decides about the mode of a new file, so the kernel may not apply the umask before.
 		want |= fuse.POSIX_ACL | fuse.DONT_MASK
+	}
+	switch r.fs.c.Cache {
+	case CacheCoherent:
+		want |= fuse.NO_OPENDIR_SUPPORT | fuse.CACHE_SYMLINKS
+	case CacheAlways:
+		want |= fuse.NO_OPENDIR_SUPPORT | fuse.CACHE_SYMLINKS | fuse.EXPLICIT_INVAL_DATA
+		want &^= fuse.AUTO_INVAL_DATA
+		if r.fs.c.ReadOnly {
+			want |= fuse.NO_OPEN_SUPPORT
+			want &^= fuse.POSIX_LOCKS | fuse.FLOCK_LOCKS // of files that are not opened they are the guest's own
+		}
+		if r.fs.c.Writeback {
+			want |= fuse.WRITEBACK_CACHE
+		}
 	}
 	agreed := in.Features() & want
 	out.SetFeatures(agreed)

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
 )
 
 // From linux/fs.h. FS_IOC_GETFLAGS and FS_IOC_SETFLAGS say long and mean int.
@@ -98,6 +99,7 @@ func opIoctl(r *request) fuse.Errno {
 	default:
 		return unix.ENOTTY
 	}
+	r.fs.reportFile(watch.Attrib, h.node)
 	return r.ioctlReply(nil)
 }
 

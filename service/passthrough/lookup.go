@@ -3,6 +3,8 @@
 package passthrough
 
 import (
+	"time"
+
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
@@ -17,7 +19,20 @@ func opLookup(r *request) fuse.Errno {
 	if e != 0 {
 		return e
 	}
-	return r.entry(parent, dir, name)
+	e = r.entry(parent, dir, name)
+	if e == unix.ENOENT {
+		if life := r.fs.absent(r, parent); life > 0 {
+			out := fuse.EntryOut{}
+			out.EntryValid, out.EntryValidNsec = seconds(life)
+			return reply(r, &out)
+		}
+	}
+	return e
+}
+
+// seconds is a time as the kernel wants it.
+func seconds(d time.Duration) (uint64, uint32) {
+	return uint64(d / time.Second), uint32(d % time.Second)
 }
 
 // entry looks name up in a directory and replies with its node, attributes and one reference more.
@@ -39,14 +54,17 @@ func (r *request) entryOf(parent *node, name cname, st *unix.Statx_t) fuse.Errno
 		return e
 	}
 	var out fuse.EntryOut
-	r.fs.setEntry(&out, n, st)
+	r.setEntry(&out, n, st)
 	return reply(r, &out)
 }
 
-func (fs *FS) setEntry(out *fuse.EntryOut, n *node, st *unix.Statx_t) {
+// setEntry fills the entry of a node that is in the table.
+func (r *request) setEntry(out *fuse.EntryOut, n *node, st *unix.Statx_t) {
+	fs := r.fs
+	entry, attr := fs.life(r, n, st)
 	out.NodeID = n.id
-	out.EntryValid, out.EntryValidNsec = fs.ttlSec, fs.ttlNsec
-	out.AttrValid, out.AttrValidNsec = fs.ttlSec, fs.ttlNsec
+	out.EntryValid, out.EntryValidNsec = seconds(entry)
+	out.AttrValid, out.AttrValidNsec = seconds(attr)
 	fs.setAttr(&out.Attr, n.ino, st)
 }
 

@@ -3,6 +3,8 @@
 package passthrough
 
 import (
+	"sync/atomic"
+
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
@@ -35,6 +37,8 @@ type node struct {
 	btime int64
 	typ   uint32 // S_IFMT bits of the mode
 	ino   uint64 // for the guest
+
+	stamp atomic.Uint64 // of its data, when the guest last opened it; 0: it has not
 
 	// Guarded by FS.mu.
 

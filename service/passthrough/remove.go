@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
 )
 
 func opUnlink(r *request) fuse.Errno { return r.remove(0) }
@@ -26,6 +27,11 @@ func (r *request) remove(flags int) fuse.Errno {
 		return e
 	}
 	r.lost(victim, last, parent, name)
+	op := watch.Delete
+	if flags&unix.AT_REMOVEDIR != 0 {
+		op |= watch.IsDir
+	}
+	r.fs.report(op, parent, name, victim)
 	return 0
 }
 

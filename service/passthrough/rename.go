@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
 )
 
 func opRename(r *request) fuse.Errno {
@@ -49,22 +50,41 @@ func (r *request) rename(newdir uint64, flags uint32) fuse.Errno {
 		return e
 	}
 	r.lost(victim, nil, to, newname)
-	r.found(to, toFD, newname)
+	moved := r.found(to, toFD, newname)
 	if flags&unix.RENAME_EXCHANGE != 0 {
 		r.found(from, fromFD, oldname)
 	}
+	r.reportRename(from, oldname, to, newname, moved, flags)
 	return 0
 }
 
-// found notes where the node under a name is now.
-func (r *request) found(parent *node, dir int, name cname) {
+// reportRename tells of a rename. moved is what is under the new name, if the guest knows it.
+func (r *request) reportRename(from *node, oldname cname, to *node, newname cname, moved *node, flags uint32) {
+	if r.fs.c.Changed == nil {
+		return
+	}
+	c := watch.Change{Op: watch.Rename, Dir: from.inode(), Name: oldname.String(), NewDir: to.inode(), NewName: newname.String()}
+	if moved != nil {
+		c.Inode, c.Mode = moved.inode(), moved.typ
+		if moved.typ == unix.S_IFDIR {
+			c.Op |= watch.IsDir
+		}
+	}
+	r.fs.c.Changed(c)
+	if flags&(unix.RENAME_EXCHANGE|unix.RENAME_WHITEOUT) != 0 { // there is something else under the old name
+		r.fs.c.Changed(watch.Change{Op: watch.Create, Dir: c.Dir, Name: c.Name})
+	}
+}
+
+// found notes where the node under a name is now, and returns it.
+func (r *request) found(parent *node, dir int, name cname) *node {
 	var st unix.Statx_t
 	if statxAt(dir, name, &st) != 0 {
-		return // gone again; its node finds out when it is used
+		return nil // gone again; its node finds out when it is used
 	}
 	n := r.known(&st)
 	if n == nil || n == r.fs.root {
-		return
+		return nil
 	}
 	fs := r.fs
 	fs.mu.Lock()
@@ -72,4 +92,5 @@ func (r *request) found(parent *node, dir int, name cname) {
 		fs.move(n, parent, name.String())
 	}
 	fs.unlock()
+	return n
 }

@@ -19,6 +19,8 @@ type request struct {
 	body []byte // what follows the header, without extensions
 	out  []byte // the reply: room for its header, then what the operation appends
 
+	seq uint64 // caching.seq when the request began
+
 	group    uint32 // the supplementary group to create with, if hasGroup
 	hasGroup bool
 
@@ -79,6 +81,9 @@ func (r *request) dir(id uint64) (*node, int, fuse.Errno) {
 func (r *request) handle(fh uint64) (*handle, fuse.Errno) { return r.handleOf(r.hdr.NodeID, fh) }
 
 func (r *request) handleOf(id, fh uint64) (*handle, fuse.Errno) {
+	if fh == 0 {
+		return r.sharedHandle(id)
+	}
 	fs := r.fs
 	fs.mu.Lock()
 	h := fs.handles[fh]

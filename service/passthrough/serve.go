@@ -239,6 +239,7 @@ func (s *stream) more() bool {
 // answer serves the request and replies. With keep a small reply may wait for the next one.
 func (s *stream) answer(r *request, op *op, keep bool) {
 	r.out = r.outSmall[:fuse.OutHeaderSize]
+	r.seq = s.fs.caching.seq.Load()
 	e := s.run(r, op)
 	s.fs.requests.Add(1)
 	s.fs.received.Add(uint64(r.hdr.Len))
@@ -315,6 +316,11 @@ func (s *stream) run(r *request, op *op) fuse.Errno {
 	var ok bool
 	if r.body, r.group, r.hasGroup, ok = r.hdr.Groups(r.body); !ok {
 		return unix.EINVAL
+	}
+	if x := r.fs.acting.Load(); x != nil && r.hdr.PID == x.thread {
+		if e, ok := x.serve(r); ok {
+			return e
+		}
 	}
 	return op.serve(r)
 }

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
 )
 
 // opFallocate reserves, punches, zeroes, inserts or collapses: what the host's file system knows of it.
@@ -29,6 +30,9 @@ func opFallocate(r *request) fuse.Errno {
 	}
 	for {
 		if err := unix.Fallocate(h.fd, in.Mode, int64(in.Offset), int64(in.Length)); err != unix.EINTR {
+			if err == nil {
+				r.fs.reportFile(watch.Modify, h.node)
+			}
 			return errnoOf(err)
 		}
 	}
@@ -94,6 +98,9 @@ func (r *request) copyFileRange(most uint64) (uint64, fuse.Errno) {
 	for {
 		n, err := unix.CopyFileRange(from.fd, &offIn, to.fd, &offOut, int(min(in.Len, most, math.MaxInt64)), 0)
 		if err != unix.EINTR {
+			if n > 0 {
+				r.fs.reportFile(watch.Modify, to.node)
+			}
 			return uint64(max(n, 0)), errnoOf(err)
 		}
 	}

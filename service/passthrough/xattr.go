@@ -10,10 +10,23 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
 )
 
 // opSetxattr sets an extended attribute.
-func opSetxattr(r *request) fuse.Errno {
+func opSetxattr(r *request) fuse.Errno { return r.attributed(r.setxattr()) }
+
+// attributed tells of a change of the request's node, if there was no error.
+func (r *request) attributed(e fuse.Errno) fuse.Errno {
+	if e == 0 {
+		if n, e := r.self(); e == 0 {
+			r.fs.reportFile(watch.Attrib, n)
+		}
+	}
+	return e
+}
+
+func (r *request) setxattr() fuse.Errno {
 	fs := r.fs
 	if fs.c.Xattr == XattrOff {
 		return unix.ENOSYS
@@ -156,7 +169,9 @@ func opListxattr(r *request) fuse.Errno {
 }
 
 // opRemovexattr removes an extended attribute.
-func opRemovexattr(r *request) fuse.Errno {
+func opRemovexattr(r *request) fuse.Errno { return r.attributed(r.removexattr()) }
+
+func (r *request) removexattr() fuse.Errno {
 	if r.fs.c.Xattr == XattrOff {
 		return unix.ENOSYS
 	}

@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package passthrough
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
+)
+
+// CacheMode says what the guest may cache, and for how long.
+type CacheMode int
+
+const (
+	// CacheCoherent: long, where the guest is told of changes (see [FS.Watched] and [FS.Notify]); elsewhere for Config.TTL.
+	CacheCoherent CacheMode = iota
+	// CacheNone: nothing.
+	CacheNone
+	// CacheAlways: for good. The tree does not change but by this guest.
+	CacheAlways
+)
+
+const (
+	// longTTL is how long what is told of may be cached, in seconds. It is told again after that, if it is used.
+	longTTL = 3600
+	// maxQueue is how many changes may wait to be told. With one more the guest is to believe nothing that it has cached.
+	maxQueue = 8192
+)
+
+// caching is what a mount knows of its guest's caches.
+//
+// A change on the host comes by [FS.Changed], and is told to the guest's kernel in the order in which it came. What the kernel is
+// told while a request is under way that has seen the state before is not lost: the kernel compares an INVAL_INODE with the
+// time at which the request began (attr_version), holds an INVAL_ENTRY back until lookups in that directory are done, and waits
+// for pages that are being read. Two cases are ours: a change of a node that is not in the table yet, which gets no long life
+// in the reply (seq); and an INVAL_INODE of an inode that the kernel does not have yet, since its first LOOKUP is under way. The
+// kernel then answers ENOENT, and is told to drop the name, for which it waits.
+type caching struct {
+	watched atomic.Bool   // changes on the host come
+	told    atomic.Bool   // and go to the guest: there is a notify channel
+	seq     atomic.Uint64 // changes that came
+
+	mu     sync.Mutex
+	wake   sync.Cond
+	queue  []change
+	last   map[change]int // where in the queue, for what need not be told twice
+	lost   bool           // tell the guest to believe nothing
+	notify *notifier
+	actor  Actor
+	closed bool
+	done   chan struct{} // closed when nothing is told any more; nil before the first channel
+}
+
+// change is a watch.Change in terms of the guest: of nodes, 0 where it does not know one.
+type change struct {
+	op            watch.Op
+	dir, newDir   uint64
+	node          uint64
+	mode          uint32
+	name, newName string
+}
+
+// Watched says whether changes on the host come by Changed. Where they do the guest may cache for long.
+func (fs *FS) Watched(yes bool) {
+	if fs.caching.watched.Swap(yes) && !yes {
+		fs.distrust()
+	}
+}
+
+// pushed tells whether the guest hears of changes.
+func (fs *FS) pushed() bool { return fs.caching.watched.Load() && fs.caching.told.Load() }
+
+// life is for how long the guest may cache an entry, and the attributes of what it leads to, which st describes.
+func (fs *FS) life(r *request, n *node, st *unix.Statx_t) (entry, attr time.Duration) {
+	switch {
+	case fs.c.Cache == CacheNone:
+		return 0, 0
+	case fs.c.Cache == CacheAlways:
+		return longTTL * time.Second, longTTL * time.Second
+	case !fs.pushed() || n.key.dev != fs.root.key.dev || n.key.mnt != fs.root.key.mnt:
+		return fs.c.TTL, fs.c.TTL // submounts are not watched
+	case r.seq != fs.caching.seq.Load():
+		return 0, 0 // it may be old already
+	case st.Nlink > 1 && n.typ != unix.S_IFDIR:
+		return longTTL * time.Second, fs.c.TTL // it may be changed by a name outside of the export
+	}
+	return longTTL * time.Second, longTTL * time.Second
+}
+
+// absent is for how long the guest may cache that a name is not there.
+func (fs *FS) absent(r *request, dir *node) time.Duration {
+	switch {
+	case fs.c.Cache == CacheAlways:
+		return longTTL * time.Second
+	case fs.c.Cache != CacheCoherent || !fs.pushed() || dir.key.dev != fs.root.key.dev || dir.key.mnt != fs.root.key.mnt || r.seq != fs.caching.seq.Load():
+		return 0
+	case fs.session.Load().minor < 44:
+		return fs.c.TTL // this kernel could not be told to forget all of them (INC_EPOCH)
+	}
+	return longTTL * time.Second
+}
+
+// openFlags are those of the reply to an OPEN of n, whose state is st now.
+func (fs *FS) openFlags(n *node, st *unix.Statx_t) uint32 {
+	switch fs.c.Cache {
+	case CacheNone:
+		return fuse.FOPEN_DIRECT_IO
+	case CacheAlways:
+		return fuse.FOPEN_KEEP_CACHE
+	}
+	if !fs.pushed() {
+		return 0
+	}
+	now := stamp(st)
+	if was := n.stamp.Swap(now); was == now || was == ownStamp {
+		return fuse.FOPEN_KEEP_CACHE
+	}
+	return 0 // it was changed, and nobody told: through a mapping, or the telling is on its way
+}
+
+// ownStamp is the stamp of a file that the guest itself has changed since.
+const ownStamp = 1
+
+// stamp is a mark of a state of a file's data, and not 0 or ownStamp.
+func stamp(st *unix.Statx_t) uint64 {
+	h := st.Size*0x9e3779b97f4a7c15 ^ uint64(st.Mtime.Sec)*0xff51afd7ed558ccd ^ uint64(st.Mtime.Nsec)*0xc4ceb9fe1a85ec53 ^ uint64(st.Ctime.Sec)<<32 ^ uint64(st.Ctime.Nsec)
+	return h | 2
+}
+
+// Changed tells of changes on the host that are not this guest's own. It does not wait.
+func (fs *FS) Changed(changes []watch.Change) {
+	if fs.c.Cache != CacheCoherent {
+		return
+	}
+	// Before the nodes are looked for: who enters one later sees that something has changed.
+	fs.caching.seq.Add(1)
+	for i := range changes {
+		c := &changes[i]
+		if c.Op&watch.Lost != 0 {
+			fs.distrust()
+			continue
+		}
+		fs.mu.Lock()
+		k := change{op: c.Op, name: c.Name, newName: c.NewName, mode: c.Mode, dir: fs.idOf(c.Dir), newDir: fs.idOf(c.NewDir), node: fs.idOf(c.Inode)}
+		fs.mu.Unlock()
+		if k.dir != 0 || k.newDir != 0 || k.node != 0 {
+			fs.caching.add(k)
+		}
+	}
+}
+
+// idOf needs FS.mu.
+func (fs *FS) idOf(i watch.Inode) uint64 {
+	if n := fs.keys[key{i.Dev, i.Ino, fs.root.key.mnt}]; n != nil && i.Ino != 0 {
+		return n.id
+	}
+	return 0
+}
+
+// add queues a change, unless the like of it waits already.
+func (c *caching) add(k change) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.done == nil || c.closed || c.lost {
+		return // who opens a channel believes nothing of before
+	}
+	if len(c.queue) == maxQueue {
+		c.queue, c.lost = nil, true
+		clear(c.last)
+		c.wake.Signal()
+		return
+	}
+	if k.op&(watch.Modify|watch.Attrib|watch.CloseWrite) != 0 {
+		if i, ok := c.last[k]; ok && c.settled(i, k) {
+			return
+		}
+		c.last[k] = len(c.queue)
+	}
+	c.queue = append(c.queue, k)
+	if len(c.queue) == 1 {
+		c.wake.Signal()
+	}
+}
+
+// settled tells whether nothing about the same file has come after the i-th change, which is like k.
+func (c *caching) settled(i int, k change) bool {
+	for _, o := range c.queue[i+1:] {
+		if o.node == k.node && o.node != 0 || o.dir == k.dir && o.name == k.name || o.newDir == k.dir && o.newName == k.name {
+			return false
+		}
+		if len(c.queue)-i > 64 {
+			return false
+		}
+	}
+	return true
+}
+
+// distrust has the guest told to believe nothing that it has cached.
+func (fs *FS) distrust() {
+	fs.caching.seq.Add(1)
+	c := &fs.caching
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.queue, c.lost = nil, true
+	clear(c.last)
+	c.wake.Signal()
+}
+
+// begin starts the goroutine that tells. It needs c.mu.
+func (fs *FS) beginTelling() {
+	c := &fs.caching
+	if c.done == nil && !c.closed {
+		c.done = make(chan struct{})
+		c.last = map[change]int{}
+		go fs.tell()
+	}
+}
+
+func (c *caching) close() {
+	c.mu.Lock()
+	c.closed = true
+	done := c.done
+	if c.notify != nil {
+		c.notify.conn.Close()
+	}
+	if c.actor != nil {
+		c.actor.Close()
+	}
+	c.wake.Broadcast()
+	c.mu.Unlock()
+	if done != nil {
+		<-done
+	}
+}
+
+// tell tells the guest what comes, until the mount ends.
+func (fs *FS) tell() {
+	c := &fs.caching
+	defer close(c.done)
+	for {
+		c.mu.Lock()
+		for !c.closed && (len(c.queue) == 0 && !c.lost || c.notify == nil && c.actor == nil) {
+			c.wake.Wait()
+		}
+		if c.closed {
+			c.mu.Unlock()
+			return
+		}
+		batch, lost, n, a := c.queue, c.lost, c.notify, c.actor
+		c.queue, c.lost = nil, false
+		clear(c.last)
+		c.mu.Unlock()
+		if lost {
+			fs.tellAll(n)
+			continue
+		}
+		for len(batch) > 0 {
+			k := min(len(batch), maxBatch)
+			fs.tellSome(batch[:k], n, a)
+			batch = batch[k:]
+		}
+	}
+}
+
+// maxBatch is how many changes are told before any of them is acted.
+const maxBatch = 64
+
+// tellSome tells of changes: first what is not true any more, and then, if there is somebody to act them, what inotify is to show.
+// Names that are gone are not told where they are acted: the removal itself makes the kernel forget, and an inode that it has
+// forgotten has no watchers that could hear of it.
+func (fs *FS) tellSome(batch []change, n *notifier, a Actor) {
+	for i := range batch {
+		k := &batch[i]
+		if k.op&watch.Create != 0 {
+			n.inode(k.dir, true)
+			n.entry(k.dir, k.name)
+		}
+		if k.op&watch.Delete != 0 {
+			n.inode(k.dir, true)
+			n.inode(k.node, false)
+			if a == nil {
+				n.entry(k.dir, k.name)
+			}
+		}
+		if k.op&watch.Rename != 0 {
+			n.inode(k.dir, true)
+			n.inode(k.newDir, true)
+			n.inode(k.node, false)
+			if a == nil {
+				n.entry(k.dir, k.name)
+				n.entry(k.newDir, k.newName)
+				fs.renamed(k)
+			} else if fs.isUnder(k.node, k.newDir, k.newName) {
+				n.entry(k.newDir, k.newName) // the guest was faster, and has both names
+			}
+		}
+		if k.op&(watch.Modify|watch.Attrib) != 0 {
+			n.inode(k.node, k.op&watch.Modify != 0)
+		}
+	}
+	n.flush(fs)
+	if a == nil {
+		return
+	}
+	for i := range batch {
+		k := &batch[i]
+		if !fs.act(a, k) {
+			n.entry(k.dir, k.name)
+			if k.op&watch.Rename != 0 {
+				n.entry(k.newDir, k.newName)
+				fs.renamed(k)
+			}
+		}
+	}
+	n.flush(fs)
+}
+
+// isUnder tells whether a node was last seen under that name.
+func (fs *FS) isUnder(id, dir uint64, name string) bool {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	n := fs.nodes[id]
+	return n != nil && n.parent != nil && n.parent.id == dir && n.name == name
+}
+
+// renamed notes where a node is that the host has renamed.
+func (fs *FS) renamed(k *change) {
+	fs.mu.Lock()
+	if n, to := fs.nodes[k.node], fs.nodes[k.newDir]; n != nil && n != fs.root && (n.parent != to || n.name != k.newName) {
+		fs.move(n, to, k.newName)
+	}
+	fs.unlock()
+}
+
+// tellAll tells the guest to believe nothing that it has cached.
+func (fs *FS) tellAll(n *notifier) {
+	if n == nil {
+		return
+	}
+	s := fs.session.Load()
+	epoch := s != nil && s.minor >= 44
+	if epoch {
+		n.epoch()
+	}
+	type name struct {
+		id, dir uint64
+		name    string
+	}
+	fs.mu.Lock()
+	names := make([]name, 0, len(fs.nodes))
+	for id, x := range fs.nodes {
+		k := name{id: id}
+		if x.parent != nil && !epoch {
+			k.dir, k.name = x.parent.id, x.name
+		}
+		names = append(names, k)
+	}
+	fs.mu.Unlock()
+	for _, k := range names {
+		n.inode(k.id, true)
+		n.entry(k.dir, k.name)
+		n.flushAt(fs, maxBatch)
+	}
+	n.flush(fs)
+}
+
+// report tells of a change that the guest has made, to whom it may concern.
+func (fs *FS) report(op watch.Op, dir *node, name cname, n *node) {
+	if fs.c.Changed == nil {
+		return
+	}
+	c := watch.Change{Op: op}
+	if dir != nil {
+		c.Dir, c.Name = dir.inode(), name.String()
+	}
+	if n != nil {
+		c.Inode, c.Mode = n.inode(), n.typ
+		if n.typ == unix.S_IFDIR {
+			c.Op |= watch.IsDir
+		}
+	}
+	fs.c.Changed(c)
+}
+
+// reportFile is report of a file's data or attributes, by the name under which it was last seen.
+func (fs *FS) reportFile(op watch.Op, n *node) {
+	if op&watch.Modify != 0 && n.stamp.Load() != ownStamp {
+		n.stamp.Store(ownStamp)
+	}
+	if fs.c.Changed == nil {
+		return
+	}
+	c := watch.Change{Op: op, Inode: n.inode(), Mode: n.typ}
+	if n.typ == unix.S_IFDIR {
+		c.Op |= watch.IsDir
+	}
+	fs.mu.Lock()
+	if n.parent != nil {
+		c.Dir, c.Name = n.parent.inode(), n.name
+	}
+	fs.mu.Unlock()
+	fs.c.Changed(c)
+}
+
+func (n *node) inode() watch.Inode { return watch.Inode{Dev: n.key.dev, Ino: n.key.ino} }
