@@ -23,12 +23,13 @@ const eventTime = 10 * time.Second
 // eventChannel is the session's channel of events, whose thread in the guest makes one call at a time.
 type eventChannel struct {
 	conn   *transport.Conn
+	number uint64 // of the channel
 	thread uint32
+	ended  chan struct{} // closed when the guest's end is gone, or breaks the protocol
+	done   chan *wire.EventDone
 
-	mu     sync.Mutex // one event at a time
-	reader *wire.Reader
-	number uint64
-	err    error
+	mu   sync.Mutex // one event at a time
+	last uint64     // number of the event
 }
 
 // mountActor is the passthrough.Actor of one mount.
@@ -40,9 +41,6 @@ type mountActor struct {
 func (c *eventChannel) actor(id uint32) passthrough.Actor { return &mountActor{c, id} }
 
 func (a *mountActor) Thread() uint32 { return a.thread }
-
-// Close does nothing: other mounts have the channel too.
-func (a *mountActor) Close() {}
 
 // actions are the calls as the wire has them.
 var actions = map[passthrough.ActOp]wire.Action{
@@ -56,63 +54,99 @@ func (a *mountActor) Act(act passthrough.Act) fuse.Errno {
 	c := a.eventChannel
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.err != nil {
+	c.last++
+	c.conn.SetWriteDeadline(time.Now().Add(eventTime))
+	if wire.Write(c.conn, &wire.Event{Number: c.last, MountID: a.id, Action: actions[act.Op], Mode: act.Mode, Path: act.Path, NewPath: act.NewPath}) != nil {
+		c.conn.Close()
 		return unix.EPIPE
 	}
-	e, err := c.act(a, act)
-	if err != nil {
-		c.err = err
-		c.conn.Close()
+	t := time.NewTimer(eventTime)
+	defer t.Stop()
+	select {
+	case d := <-c.done:
+		if d.Number == c.last {
+			return d.Errno
+		}
+	case <-t.C:
+	case <-c.ended:
 	}
-	return e
+	c.conn.Close()
+	return unix.EPIPE
 }
 
-func (c *eventChannel) act(a *mountActor, act passthrough.Act) (fuse.Errno, error) {
-	c.conn.SetDeadline(time.Now().Add(eventTime))
-	c.number++
-	if err := wire.Write(c.conn, &wire.Event{Number: c.number, MountID: a.id, Action: actions[act.Op], Mode: act.Mode, Path: act.Path, NewPath: act.NewPath}); err != nil {
-		return unix.EPIPE, err
+// read takes the guest's answers, until it has nothing more to say.
+func (c *eventChannel) read() error {
+	defer close(c.ended)
+	defer c.conn.Close()
+	r := wire.NewReader(c.conn, wire.MaxControl)
+	for {
+		t, body, err := r.Next()
+		if err != nil {
+			return nil
+		}
+		m, err := wire.ToHost(t, body)
+		if err != nil {
+			return err
+		}
+		d, ok := m.(*wire.EventDone)
+		if !ok {
+			return fmt.Errorf("%w: %T", wire.ErrProtocol, m)
+		}
+		select {
+		case c.done <- d:
+		default:
+			return fmt.Errorf("%w: the end of event %d, which nobody waits for", wire.ErrProtocol, d.Number)
+		}
 	}
-	t, body, err := c.reader.Next()
-	if err != nil {
-		return unix.EPIPE, err
-	}
-	m, err := wire.ToHost(t, body)
-	if err != nil {
-		return unix.EPIPE, err
-	}
-	d, ok := m.(*wire.EventDone)
-	if !ok || d.Number != c.number {
-		return unix.EPIPE, fmt.Errorf("%w: %T on the event channel, where the end of event %d was expected", wire.ErrProtocol, m, c.number)
-	}
-	return d.Errno, nil
 }
 
 // serveEvents takes the session's event channel. A second one takes the place of the first.
 func (w *worker) serveEvents(o *eventsOrder, f *os.File) {
 	conn := transport.NewConn(f, o.Peer)
-	c := &eventChannel{conn: conn, thread: o.Thread, reader: wire.NewReader(conn, wire.MaxControl)}
+	c := &eventChannel{conn: conn, number: o.Number, thread: o.Thread, ended: make(chan struct{}), done: make(chan *wire.EventDone, 1)}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.events != nil {
+		if w.events.number > o.Number {
+			conn.Close()
+			return
+		}
 		w.events.conn.Close()
 	}
 	w.events = c
 	for id, m := range w.mounts {
 		m.fs.Act(c.actor(id))
 	}
+	go func() {
+		if err := c.read(); err != nil {
+			w.log.Warn("event channel closed: the guest broke the protocol", "error", err)
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.events == c {
+			w.events = nil
+			for _, m := range w.mounts {
+				m.fs.Act(nil)
+			}
+		}
+	}()
 }
 
 // notify takes the notify channel of a mount.
 func (w *worker) notify(o *notifyOrder, f *os.File) error {
 	conn := transport.NewConn(f, o.Peer)
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	m := w.mounts[o.MountID]
-	w.mu.Unlock()
 	if m == nil {
 		conn.Close()
 		return fmt.Errorf("mount %d: %w", o.MountID, unix.ENOENT)
 	}
+	if m.notify > o.Number {
+		conn.Close()
+		return nil
+	}
+	m.notify = o.Number
 	m.fs.Notify(conn)
 	return nil
 }

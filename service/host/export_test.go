@@ -43,7 +43,7 @@ func TestParseExport(t *testing.T) {
 		{"tag with a newline", "a\nb=/a", Export{}, "tag"},
 		{"tag too long", strings.Repeat("x", 256) + "=/a", Export{}, "1 to 255"},
 		{"relative", "a=srv", Export{}, "absolute"},
-		{"unknown option", "a=/a,fast", Export{}, "there are acl, dev"},
+		{"unknown option", "a=/a,fast", Export{}, "there are acl, cache"},
 		{"option without value", "a=/a,guests", Export{}, "write guests=VALUE"},
 		{"option with an empty value", "a=/a,root=", Export{}, "write root=VALUE"},
 		{"guest of no kind", "a=/a,guests=vm1", Export{}, "CID"},

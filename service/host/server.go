@@ -472,6 +472,6 @@ func (s *Server) openNotifyV1(c *transport.Conn, m *wire.NotifyOpen) error {
 	if found == nil {
 		return fmt.Errorf("%w: notify channel for %q, where this host has mounted nothing", unix.ENOENT, m.Dir)
 	}
-	owner.passNotify(c, found)
+	owner.passNotify(c, found, owner.channels.Add(1))
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -45,6 +46,7 @@ type session struct {
 	work    sync.WaitGroup
 	busy    chan struct{} // one for each request being worked on
 
+	channels atomic.Uint64 // notify and event channels that came
 	working  chan struct{} // closed when there is a worker, for the first time
 	counting atomic.Bool   // the worker has been asked for its counts, and not answered
 
@@ -449,7 +451,7 @@ func (ss *session) streamLost(id uint32, number uint64, text string) {
 // that it ended in order.
 func (ss *session) mountEnded(id uint32, text string) {
 	ss.mu.Lock()
-	m := ss.mounts[id]
+	m, w := ss.mounts[id], ss.worker
 	if m != nil {
 		ss.endLocked(m)
 		ss.settleLocked()
@@ -457,6 +459,9 @@ func (ss *session) mountEnded(id uint32, text string) {
 	ss.mu.Unlock()
 	if m == nil {
 		return
+	}
+	if w != nil {
+		w.member.unmounted(id)
 	}
 	ss.srv.changed()
 	about := []any{"tag", m.export.Tag, "dir", quote(m.dir)}
@@ -523,16 +528,17 @@ func (ss *session) openNotify(c *transport.Conn, o *wire.NotifyOpen2) error {
 	if m == nil {
 		return fmt.Errorf("%w: notify channel for mount %d, which there is not", unix.ENOENT, o.MountID)
 	}
+	n := ss.channels.Add(1)
 	c.SetWriteDeadline(time.Now().Add(ss.srv.times.write))
 	if err := wire.Write(c, &wire.OpenReply{}); err != nil {
 		return nil // it is gone, and needs no answer
 	}
-	ss.passNotify(c, m)
+	ss.passNotify(c, m, n)
 	return nil
 }
 
-// passNotify gives the notify channel of m to the worker.
-func (ss *session) passNotify(c *transport.Conn, m *mount) {
+// passNotify gives c, the notify channel of m, the n-th of the session, to the worker.
+func (ss *session) passNotify(c *transport.Conn, m *mount, n uint64) {
 	ss.mu.Lock()
 	if ss.mounts[m.id] != m {
 		ss.mu.Unlock()
@@ -544,10 +550,12 @@ func (ss *session) passNotify(c *transport.Conn, m *mount) {
 	if first {
 		ss.log.Info("mounted", "tag", m.export.Tag, "dir", quote(m.dir), "read_only", m.export.ReadOnly, sd.Mounted.Attr())
 	}
-	if err := w.notify(m.id, c); err != nil {
+	if err := w.notify(m.id, n, c); err != nil {
 		ss.log.Warn("notify channel lost", "tag", m.export.Tag, "error", err)
 	}
 }
+
+var past = time.Unix(1, 0)
 
 // openEvents gives the session's event channel to the worker, now or when it has one.
 func (ss *session) openEvents(c *transport.Conn, o *wire.EventOpen) error {
@@ -557,23 +565,30 @@ func (ss *session) openEvents(c *transport.Conn, o *wire.EventOpen) error {
 		return fmt.Errorf("%w: the session has ended", unix.ESHUTDOWN)
 	}
 	ss.mu.Unlock()
+	n := ss.channels.Add(1)
 	c.SetWriteDeadline(time.Now().Add(ss.srv.times.write))
 	if err := wire.Write(c, &wire.OpenReply{}); err != nil {
 		return nil // it is gone, and needs no answer
 	}
-	c.SetWriteDeadline(time.Time{})
-	select {
-	case <-ss.working:
-	case <-ss.ctx.Done():
-		return nil
+	c.SetDeadline(time.Time{})
+	go func() {
+		select {
+		case <-ss.working:
+		case <-ss.ctx.Done():
+		}
+		c.SetReadDeadline(past)
+	}()
+	if err := c.Readable(); !errors.Is(err, os.ErrDeadlineExceeded) || ss.ctx.Err() != nil {
+		return nil // the guest has nothing to say here that it was not asked for, or is gone
 	}
+	c.SetReadDeadline(time.Time{})
 	ss.mu.Lock()
 	w := ss.worker
 	ss.mu.Unlock()
 	if w == nil {
 		return nil // between two; the guest dials again
 	}
-	if err := w.eventChannel(o.ThreadID, c); err != nil {
+	if err := w.eventChannel(o.ThreadID, n, c); err != nil {
 		ss.log.Warn("event channel lost", "error", err)
 	}
 	return nil

@@ -52,13 +52,16 @@ type mountOrder struct {
 
 // notifyOrder passes the notify channel of a mount, and eventsOrder the session's event channel, whose thread in the guest acts. Both have been
 // answered.
+// Number says which of two came later.
 type notifyOrder struct {
 	MountID uint32
+	Number  uint64
 	Peer    transport.Peer
 }
 
 type eventsOrder struct {
 	Thread uint32
+	Number uint64
 	Peer   transport.Peer
 }
 
@@ -124,6 +127,7 @@ type worker struct {
 
 type workerMount struct {
 	fs     *passthrough.FS
+	notify uint64 // number of its notify channel
 	keep   bool
 	ending bool          // it was to be unmounted while it had a stream
 	last   *workerStream // nil: none, or it has ended

@@ -112,7 +112,6 @@ func (w *workerProc) read() {
 				ch <- r
 			}
 		case r.Ended != nil:
-			w.member.unmounted(r.Ended.MountID)
 			w.events.counted(r.Counts)
 			w.events.ended(r.Ended.MountID, r.Ended.Text)
 		case r.Lost != nil:
@@ -222,12 +221,12 @@ func (w *workerProc) mount(m mountOrder, e *Export) (noFlush bool, err error) {
 
 // notify passes on the notify channel of a mount, and eventsOf the session's event channel. The caller still has c, closes it, and does nothing
 // else with it.
-func (w *workerProc) notify(id uint32, c *transport.Conn) error {
-	return w.pass(order{Notify: &notifyOrder{id, c.Peer()}}, c)
+func (w *workerProc) notify(id uint32, n uint64, c *transport.Conn) error {
+	return w.pass(order{Notify: &notifyOrder{id, n, c.Peer()}}, c)
 }
 
-func (w *workerProc) eventChannel(thread uint32, c *transport.Conn) error {
-	return w.pass(order{Events: &eventsOrder{thread, c.Peer()}}, c)
+func (w *workerProc) eventChannel(thread uint32, n uint64, c *transport.Conn) error {
+	return w.pass(order{Events: &eventsOrder{thread, n, c.Peer()}}, c)
 }
 
 func (w *workerProc) pass(o order, c *transport.Conn) error {
@@ -254,7 +253,6 @@ func (w *workerProc) stream(id uint32, n uint64, c *transport.Conn, reply bool) 
 
 func (w *workerProc) unmount(id uint32) error {
 	r, err := w.order(order{Unmount: &unmountOrder{id}})
-	w.member.unmounted(id)
 	w.events.counted(r.Counts)
 	return err
 }

@@ -18,7 +18,6 @@ type Actor interface {
 	Thread() uint32
 	// Act has one call made, and returns its errno when it is done.
 	Act(Act) fuse.Errno
-	Close()
 }
 
 // Act is a call. Paths are relative to the mount's root.
@@ -44,31 +43,16 @@ const (
 	ActCloseWrite
 )
 
-// Act has the changes that come acted by a, until another takes its place.
+// Act has the changes that come acted by a from now on; nil: by nobody.
 func (fs *FS) Act(a Actor) {
 	c := &fs.caching
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.actor != nil {
-		c.actor.Close()
-	}
 	c.actor = a
-	if c.closed {
-		a.Close()
-		return
+	if a != nil {
+		fs.beginTelling()
+		c.wake.Signal()
 	}
-	fs.beginTelling()
-	c.wake.Signal()
-}
-
-// ActorEnded takes a away.
-func (fs *FS) ActorEnded(a Actor) {
-	c := &fs.caching
-	c.mu.Lock()
-	if c.actor == a {
-		c.actor = nil
-	}
-	c.mu.Unlock()
 }
 
 // acting is a call under way: which requests of its thread are part of it. What else that thread asks is served as any other's.

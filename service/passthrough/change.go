@@ -51,6 +51,7 @@ type caching struct {
 	last   map[change]int // where in the queue, for what need not be told twice
 	lost   bool           // tell the guest to believe nothing
 	notify *notifier
+	before bool // there has been a notify channel
 	actor  Actor
 	closed bool
 	done   chan struct{} // closed when nothing is told any more; nil before the first channel
@@ -227,9 +228,6 @@ func (c *caching) close() {
 	done := c.done
 	if c.notify != nil {
 		c.notify.conn.Close()
-	}
-	if c.actor != nil {
-		c.actor.Close()
 	}
 	c.wake.Broadcast()
 	c.mu.Unlock()

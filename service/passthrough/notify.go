@@ -37,8 +37,12 @@ func (fs *FS) Notify(conn io.ReadWriteCloser) {
 	}
 	c.notify = &notifier{conn: conn}
 	fs.beginTelling()
+	again := c.before
+	c.before = true
 	c.mu.Unlock()
-	fs.distrust() // what happened before was not told
+	if again {
+		fs.distrust() // of what happened meanwhile it was not told, and it may have cached things for long
+	}
 	c.told.Store(true)
 }
 

@@ -61,6 +61,15 @@ func (c *Conn) Read(b []byte) (int, error) {
 	return n, err
 }
 
+// Readable waits until there is something to read, or the end of the stream. It is not for a Conn that blocks.
+func (c *Conn) Readable() error {
+	var b [1]byte
+	return c.raw.Read(func(fd uintptr) bool {
+		_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return err != unix.EAGAIN && err != unix.EINTR
+	})
+}
+
 // Write writes all of b, or fails. Other Writes wait, so that messages do not
 // mix. After an error the stream may end in the middle of a message.
 func (c *Conn) Write(b []byte) (int, error) { return c.f.Write(b) }
