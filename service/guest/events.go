@@ -253,17 +253,24 @@ func parentOf(root int, rel string) (int, string, error) {
 	return fd, name, err
 }
 
-// actingRoot opens the root to act from. A mount that is read-only is so for others: the call is made through a
-// detached clone that is not (its superblock is writable), and inotify fires on the inode, which both have.
+// actingRoot opens the root to act from: that of a detached clone of the mount, so that the mount itself is not busy meanwhile and can be
+// unmounted. inotify fires on the inode, which both have. A clone of a mount that is read-only is not so (the superblock is writable).
 func (m *helperMount) actingRoot() (int, error) {
 	root, err := m.point.root()
-	if err != nil || !m.readOnly.Load() {
+	if err != nil {
 		return root, err
 	}
-	defer unix.Close(root)
 	clone, err := unix.OpenTree(root, "", unix.AT_EMPTY_PATH|unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	readOnly := m.readOnly.Load()
+	if err != nil && !readOnly {
+		return root, nil // without privilege
+	}
+	unix.Close(root)
 	if err != nil {
 		return -1, fmt.Errorf("act on a read-only mount: open_tree: %w", err)
+	}
+	if !readOnly {
+		return clone, nil
 	}
 	if err := unix.MountSetattr(clone, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}); err != nil {
 		unix.Close(clone)

@@ -68,38 +68,30 @@ type acting struct {
 
 // act has a change acted. False: the guest's kernel has not seen it all.
 func (fs *FS) act(a Actor, k *change) bool {
+	typ := k.mode & unix.S_IFMT // 0: it is gone
 	done := true
-	for _, o := range [...]struct {
-		op watch.Op
-		do func(watch.Op) (ActOp, bool)
-	}{
-		{watch.Rename, func(watch.Op) (ActOp, bool) { return ActRename, k.dir != 0 && k.newDir != 0 }},
-		{watch.Create, func(op watch.Op) (ActOp, bool) { return creates(k), k.dir != 0 && k.mode != 0 }},
-		{watch.Modify, func(watch.Op) (ActOp, bool) { return ActTruncate, k.mode&unix.S_IFMT == unix.S_IFREG }},
-		{watch.Attrib, func(watch.Op) (ActOp, bool) {
-			return ActChmod, k.mode&unix.S_IFMT == unix.S_IFREG || k.mode&unix.S_IFMT == unix.S_IFDIR
-		}},
-		{watch.CloseWrite, func(watch.Op) (ActOp, bool) { return ActCloseWrite, k.mode&unix.S_IFMT == unix.S_IFREG }},
-		{watch.Delete, func(watch.Op) (ActOp, bool) {
-			if k.op&watch.IsDir != 0 {
-				return ActRmdir, k.dir != 0
-			}
-			return ActUnlink, k.dir != 0
-		}},
-	} {
-		if k.op&o.op == 0 {
-			continue
+	if k.op&watch.Rename != 0 {
+		done = k.dir != 0 && k.newDir != 0 && fs.actOne(a, ActRename, k)
+	}
+	if k.op&watch.Delete != 0 {
+		op := ActUnlink
+		if k.op&watch.IsDir != 0 {
+			op = ActRmdir
 		}
-		op, can := o.do(o.op)
-		if !can {
-			if o.op&(watch.Rename|watch.Delete) != 0 {
-				done = false
-			}
-			continue
-		}
-		if !fs.actOne(a, op, k) && o.op&(watch.Rename|watch.Delete) != 0 {
-			done = false
-		}
+		done = k.dir != 0 && fs.actOne(a, op, k) && done
+	}
+	// What was made and removed at once is gone, or was made again.
+	if k.op&watch.Create != 0 && k.dir != 0 && typ != 0 {
+		fs.actOne(a, creates(k), k)
+	}
+	if k.op&watch.Modify != 0 && typ == unix.S_IFREG {
+		fs.actOne(a, ActTruncate, k)
+	}
+	if k.op&watch.Attrib != 0 && (typ == unix.S_IFREG || typ == unix.S_IFDIR) {
+		fs.actOne(a, ActChmod, k)
+	}
+	if k.op&watch.CloseWrite != 0 && typ == unix.S_IFREG {
+		fs.actOne(a, ActCloseWrite, k)
 	}
 	return done
 }

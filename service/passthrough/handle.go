@@ -17,7 +17,8 @@ type handle struct {
 	node  *node
 	flags int // of open(2)
 
-	refs int // guarded by FS.mu: the guest's, and one for each request that uses it
+	refs int  // guarded by FS.mu: the guest's, and one for each request that uses it
+	used bool // guarded by FS.mu: lately, of a shared one
 
 	// mu is held while a directory is read: pos, its position, must not move between lseek and getdents.
 	mu  sync.Mutex

@@ -110,6 +110,9 @@ func (fs *FS) forget(id, nlookup uint64) {
 	fs.mu.Lock()
 	if n := fs.nodes[id]; n != nil && n != fs.root {
 		n.nlookup -= min(n.nlookup, nlookup)
+		if n.nlookup == 0 {
+			fs.unshare(id)
+		}
 		fs.unref(n)
 	}
 	fs.unlock()

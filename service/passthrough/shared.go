@@ -3,6 +3,9 @@
 package passthrough
 
 import (
+	"slices"
+	"time"
+
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
@@ -16,7 +19,11 @@ const maxShared = 32
 type shared struct {
 	handles map[uint64]*handle // by node
 	order   []uint64           // by age
+	idle    *time.Timer        // closes what is not used; nil: there is nothing
 }
+
+// sharedIdle is for how long a descriptor is kept that nobody uses.
+const sharedIdle = time.Second
 
 // unopened tells whether the guest uses nodes of this type without opening them.
 func (fs *FS) unopened(typ uint32) bool {
@@ -36,6 +43,7 @@ func (r *request) sharedHandle(id uint64) (*handle, fuse.Errno) {
 	fs.mu.Lock()
 	if h := fs.shared.handles[id]; h != nil {
 		h.refs++
+		h.used = true
 		fs.mu.Unlock()
 		r.held[r.nheld] = h
 		r.nheld++
@@ -68,7 +76,7 @@ func (r *request) sharedHandle(id uint64) (*handle, fuse.Errno) {
 		fs.giveFile()
 		return nil, e
 	}
-	h := &handle{fd: f, node: n, flags: flags, refs: 1}
+	h := &handle{fd: f, node: n, flags: flags, refs: 1, used: true}
 	fs.mu.Lock()
 	n.pins++
 	if s := &fs.shared; s.handles[id] == nil {
@@ -81,6 +89,9 @@ func (r *request) sharedHandle(id uint64) (*handle, fuse.Errno) {
 		s.handles[id] = h
 		s.order = append(s.order, id)
 		h.refs++
+		if s.idle == nil {
+			s.idle = time.AfterFunc(sharedIdle, fs.closeIdle)
+		}
 	}
 	fs.unlock()
 	r.held[r.nheld] = h
@@ -105,6 +116,28 @@ func (fs *FS) unshare(id uint64) {
 	fs.unrefHandle(h)
 }
 
+// closeIdle closes what was not used since it was called last.
+func (fs *FS) closeIdle() {
+	fs.mu.Lock()
+	defer fs.unlock()
+	s := &fs.shared
+	if s.idle == nil {
+		return
+	}
+	for _, id := range slices.Clone(s.order) {
+		if h := s.handles[id]; h.used {
+			h.used = false
+		} else {
+			fs.unshare(id)
+		}
+	}
+	if len(s.order) > 0 {
+		s.idle.Reset(sharedIdle)
+	} else {
+		s.idle = nil
+	}
+}
+
 // close closes all of them. It needs FS.mu.
 func (s *shared) close(fs *FS) {
 	for _, h := range s.handles {
@@ -112,4 +145,8 @@ func (s *shared) close(fs *FS) {
 		fs.giveFile()
 	}
 	s.handles, s.order = nil, nil
+	if s.idle != nil {
+		s.idle.Stop()
+		s.idle = nil
+	}
 }
