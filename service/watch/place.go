@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"os"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -34,7 +35,7 @@ type view struct {
 	mount uint64 // its id
 	max   int    // directories to know
 	fd    int    // a directory of it that was opened to be read: open_by_handle_at takes no O_PATH descriptor
-	tries int    // more of them to open a handle; an overlay looks for names, and may fail while they change
+	tries int    // more of them to open a handle that seems gone: an overlay looks for names, which may change meanwhile
 	roots map[string][]*Tree
 	dirs  map[string]*dir
 	gen   uint64 // goes up when a directory from outside is moved in: it may have others below it
@@ -77,7 +78,12 @@ func (v *view) open(key []byte) (int, error) {
 	}
 	h := unix.NewFileHandle(int32(binary.NativeEndian.Uint32(key)), key[4:])
 	fd, err := unix.OpenByHandleAt(v.fd, h, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
-	for try := 0; try < v.tries && (err == unix.ESTALE || err == unix.ENOMEM); try++ {
+	for try := 0; try < v.tries && err == unix.ESTALE; try++ {
+		fd, err = unix.OpenByHandleAt(v.fd, h, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
+	}
+	// ENOMEM is also what the kernel answers while it makes a new file with the inode number of the one that is gone (seen with ext4).
+	for try := 0; try < 20 && err == unix.ENOMEM; try++ {
+		time.Sleep(time.Duration(try) * 100 * time.Microsecond)
 		fd, err = unix.OpenByHandleAt(v.fd, h, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
 	}
 	if err != nil && err != unix.ESTALE {
