@@ -2,6 +2,10 @@
 
 // Package watch tells what changes in directories of the host, as soon as the kernel tells it.
 //
+// [Watcher] watches whole trees, and needs privilege; [Dirs] watches one directory after the other, and needs none.
+//
+// # Watcher
+//
 // A [Watcher] uses fanotify: one mark on the file system, however many directories of it are watched and however
 // large they are. It needs Linux 5.17, CAP_SYS_ADMIN and CAP_DAC_READ_SEARCH in the first user namespace.
 //
@@ -35,4 +39,16 @@
 // Where a directory is, is known from its parents, not from paths: each that was met is kept with a pointer to the one above it, in a bounded
 // cache, and a move changes one pointer. They are looked up in the mount through which the tree was given, since a mount of
 // a part of the file system shows what is outside of it by misleading paths.
+//
+// # Dirs
+//
+// A [Dirs] uses inotify: one watch for each directory that is added, of which the kernel allows fs.inotify.max_user_watches to a user
+// (each keeps its directory's inode in memory, about a kilobyte). It tells directories by the ids they were added with, and names in them.
+//
+// The two halves of a move are paired where they are read together, or within a millisecond; the rest, and moves from or into a
+// directory that is not watched, are Delete and Create.
+//
+// It tells less than a Watcher: neither who made a change, nor which inode it was, nor what happened to a file by a name in a directory that is
+// not watched, by a handle, or by a descriptor when the name is gone. A file with several names is told by the one that was used.
+// [Lost] comes after the queue was full (fs.inotify.max_queued_events).
 package watch

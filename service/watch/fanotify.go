@@ -159,13 +159,9 @@ func (t *Tree) open(dir *os.File) error {
 
 // check looks at the file system.
 func (t *Tree) check(fd int) error {
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(fd, &fs); err != nil {
-		return os.NewSyscallError("fstatfs", err)
-	}
-	kind, why := fsType(uint32(fs.Type))
-	if why != "" {
-		return fmt.Errorf("%s: %s", kind, why)
+	kind, fs, err := fileSystem(fd)
+	if err != nil {
+		return err
 	}
 	t.kind = kind
 	id := binary.NativeEndian.AppendUint32(nil, uint32(fs.Fsid.Val[0]))

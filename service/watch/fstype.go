@@ -4,6 +4,7 @@ package watch
 
 import (
 	"fmt"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -86,11 +87,24 @@ var fsTypes = map[uint32]struct{ name, why string }{
 	zfsMagic:                   {"zfs", ""},
 }
 
-// fsType is the name of a file system with that f_type, and why it can't be watched, if so.
-func fsType(magic uint32) (name, why string) {
-	t, ok := fsTypes[magic]
-	if !ok {
-		return fmt.Sprintf("file system of type %#x", magic), ""
+// CheckFS says why the changes of the file system that fd (which may be an O_PATH descriptor) is of can't all be told, judged by its
+// type. [Watcher.Add] asks it itself; [Dirs.Add] does not, as who adds many directories has to ask once for each file system.
+func CheckFS(fd int) error {
+	_, _, err := fileSystem(fd)
+	return err
+}
+
+// fileSystem is the type and more of the file system that fd is of, if its changes can be told.
+func fileSystem(fd int) (kind string, st unix.Statfs_t, err error) {
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return "", st, os.NewSyscallError("fstatfs", err)
 	}
-	return t.name, t.why
+	t, ok := fsTypes[uint32(st.Type)]
+	switch {
+	case !ok:
+		t.name = fmt.Sprintf("file system of type %#x", uint32(st.Type))
+	case t.why != "":
+		return t.name, st, fmt.Errorf("%s: %s", t.name, t.why)
+	}
+	return t.name, st, nil
 }
