@@ -33,7 +33,7 @@
 //   - Changes of access times, and of directories' own times and sizes: a name that came or went tells the latter.
 //   - Directories more than 4096 levels below the root of their mount.
 //
-// A btrfs subvolume is refused by the kernel unless it is the file system's first; so is an overlay that was not mounted with
+// A btrfs subvolume is refused by the kernel unless it is the file system's first (subvolid=5), of which those below are told; so is an overlay that was not mounted with
 // nfs_export=on. Changes of the layers beneath an overlay are not told, and not defined either.
 //
 // Where a directory is, is known from its parents, not from paths: each that was met is kept with a pointer to the one above it, in a bounded
