@@ -191,17 +191,29 @@ func (d *Daemon) connect(ctx context.Context) (*control, error) {
 	if !errors.Is(err, errMaybeV1) || ctx.Err() != nil {
 		return c, err
 	}
-	c, err1 := d.connect1(ctx)
+	c1, err1 := d.connect1(ctx)
 	if err1 != nil {
 		return nil, fmt.Errorf("%w; and to version 1: %w", err, err1)
 	}
+	if !errors.Is(err, errV1) {
+		// One of version 2 that was starting or ending was silent or hung up too: connections wait in its socket meanwhile. By now it answers.
+		c, err := d.connect2(ctx)
+		if !errors.Is(err, errMaybeV1) || ctx.Err() != nil {
+			c1.conn.Close()
+			return c, err
+		}
+	}
 	d.log.Info("the host speaks protocol version 1", "server", d.c.Server)
 	d.host1.remember(d.log)
-	return c, nil
+	return c1, nil
 }
 
-// errMaybeV1 says that the host took a long Init as one of version 1 would.
-var errMaybeV1 = errors.New("no answer to Init of version 2")
+var (
+	// errMaybeV1 says that the host took a long Init as one of version 1 would.
+	errMaybeV1 = errors.New("no answer to Init of version 2")
+	// errV1 says that it is one.
+	errV1 = fmt.Errorf("%w: it answered six bytes", errMaybeV1)
+)
 
 func (d *Daemon) connect2(ctx context.Context) (*control, error) {
 	conn, err := transport.Dial(ctx, d.c.Server)
@@ -230,7 +242,7 @@ func (d *Daemon) connect2(ctx context.Context) (*control, error) {
 			return newControl(conn, r, wire.Version2, *m), nil
 		}
 		if m.Version == wire.Version1 {
-			err = fmt.Errorf("%w: it answered six bytes", errMaybeV1)
+			err = errV1
 		} else {
 			err = fmt.Errorf("%w: the host chose version %d, which was not offered", wire.ErrProtocol, m.Version)
 		}

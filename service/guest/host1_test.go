@@ -112,6 +112,11 @@ func startV1(t *testing.T, change func(*Config)) *v1host {
 		t.Error("the pidfile is there before the host answered")
 	}
 	h.write(h.control, "\x06\x00\x00\x00\x00\x00")
+	again := h.accept()
+	if n := binary.LittleEndian.Uint32(h.read(again, 4)); n <= 6 {
+		t.Fatalf("the Init that makes sure has %d bytes", n)
+	}
+	again.Close()
 	h.message(2) // that it is connected
 	return h
 }

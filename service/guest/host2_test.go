@@ -5,6 +5,7 @@ package guest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -44,6 +45,8 @@ type v2host struct {
 	refuse *wire.Refused
 	token  string
 	busy   atomic.Int32 // so many mounts are answered by EAGAIN
+	absent atomic.Int32 // so many of version 2's Inits are not answered, as while the host is starting
+	silent bool         // but without the end of the connection
 }
 
 func startV2(t *testing.T, change func(*Config, *v2host)) *v2host {
@@ -136,6 +139,16 @@ func (h *v2host) serve(c net.Conn) {
 		}
 		switch m := m.(type) {
 		case *wire.Init:
+			if m.Version < wire.Version2 {
+				wire.Write(c, &wire.Init{Version: wire.Version1})
+				continue
+			}
+			if h.absent.Add(-1) >= 0 {
+				if h.silent {
+					continue
+				}
+				return
+			}
 			if h.refuse != nil {
 				wire.Write(c, h.refuse)
 				return
@@ -308,6 +321,21 @@ func TestV2HostComesBack(t *testing.T) {
 	}
 	if n := strings.Count(h.log.String(), "the mount ended"); n != 1 {
 		t.Errorf("the loss was logged %d times", n)
+	}
+}
+
+// A host that was just starting or ending is not taken for one of version 1, though six bytes are answered by the next process.
+func TestV2HostStarts(t *testing.T) {
+	fstest.Leaks(t)
+	for _, silent := range []bool{false, true} {
+		t.Run(fmt.Sprintf("silent=%t", silent), func(t *testing.T) {
+			t.Parallel() // to notice silence takes some seconds
+			h := startV2(t, func(_ *Config, h *v2host) { h.absent.Store(1); h.silent = silent })
+			h.message() // its notify channel: it is mounted
+			if left, err := os.ReadDir(filepath.Join(h.dir, "state")); err == nil && len(left) > 0 {
+				t.Errorf("it remembers %v", left)
+			}
+		})
 	}
 }
 
