@@ -12,6 +12,9 @@ import (
 	"github.com/moby/sys/mountinfo"
 )
 
+// systemMounts is where the unit of a server that does not see PID 1 (transfuse-host-user@.service) has PID 1's table of mounts.
+const systemMounts = "/run/transfuse/mountinfo"
+
 // checkHidden says that a directory is not the one that the administrator named: the unit that this service was started by has
 // put something else in its place (PrivateTmp=, InaccessiblePaths= and their like). Started otherwise nothing is compared: who gives a
 // process another mount namespace by hand wants what is there.
@@ -20,6 +23,9 @@ func checkHidden(dir string) error {
 		return nil
 	}
 	theirs, err := os.Open("/proc/1/mountinfo")
+	if err != nil {
+		theirs, err = os.Open(systemMounts)
+	}
 	if err != nil {
 		return nil // nothing to compare with
 	}
