@@ -7,12 +7,14 @@ package vmtest
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -25,16 +27,29 @@ token-file = "/etc/transfuse/token"
 dir = "/mnt/cred"
 `
 
-// buildPackages makes the packages and returns the folder that they are in.
-func buildPackages(t *testing.T) string {
-	t.Helper()
-	dir := t.TempDir()
+// packages makes the packages, once for all tests, and returns the folder that they are in.
+var packages = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "transfused-packages-")
+	if err != nil {
+		return "", err
+	}
+	packagesDir = dir
 	cmd := exec.Command("make", "-C", "../..", "deb", "DIST="+dir)
 	cmd.Env = append(os.Environ(), "DEB_BUILD_OPTIONS=nocheck")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("make deb: %v\n%s", err, lastLines(out, 40))
+		return "", fmt.Errorf("make deb: %w\n%s", err, lastLines(out, 40))
 	}
-	return dir
+	return dir, nil
+})
+
+var packagesDir string // of packages, once it was called
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if packagesDir != "" {
+		os.RemoveAll(packagesDir)
+	}
+	os.Exit(code)
 }
 
 // debs returns the files of the packages of these names.
@@ -57,15 +72,19 @@ func newServiceRig(t *testing.T, suite string) *serviceRig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	packages := buildPackages(t)
 	l := &lab{bin: t.TempDir(), built: make(chan error, 1)}
-	if err := l.build(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	go func() { // while the VM boots
+		_, err := packages()
+		l.built <- errors.Join(err, l.build(t.Context()))
+	}()
 	if l.vm, err = Boot(t.Context(), images, Config{Credentials: map[string]string{"transfused.toml": credential}}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.close(t) })
+	if err := <-l.built; err != nil {
+		t.Fatal(err)
+	}
+	dir, _ := packages() // its error was in the one above
 
 	s := l.sides()[0]
 	s.token = filepath.Join(l.vm.Dir(), "token")
@@ -85,7 +104,7 @@ func newServiceRig(t *testing.T, suite string) *serviceRig {
 	r.host = serve(t, s, exports)
 
 	l.guest(t, "mkdir -p /etc/transfuse; umask 077; printf %s "+Quote(token)+" >/etc/transfuse/token")
-	for _, f := range debs(t, packages, "transfused", "transfuse-tools", "transfuse-host") {
+	for _, f := range debs(t, dir, "transfused", "transfuse-tools", "transfuse-host") {
 		if err := l.vm.Push(t.Context(), f, "/root/"+strings.SplitN(filepath.Base(f), "_", 2)[0]+".deb"); err != nil {
 			t.Fatal(err)
 		}
