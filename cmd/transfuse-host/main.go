@@ -91,6 +91,8 @@ Options of an export (a comma in a directory is written \,):
   submounts=hide|follow        file systems mounted below the directory (default hide)
   xattr=on|off|user            extended attributes; user: kept as user.*, for servers without privilege
   xattrmap=GUEST:HOST          rename attributes by prefix; may be repeated
+  cache=coherent|none|always   what guests keep: changes are told to them (default); nothing; everything, for good
+  writeback                    guests write when they like; only with cache=always
   max-open-files=N, max-inodes=N    bounds of one guest's session
 
 The configuration is TOML: listen, token-file, allow-unprivileged-guests, control, metrics and debug,

@@ -104,8 +104,11 @@ func TestReadmeExports(t *testing.T) {
 			name, _, _ := strings.Cut(m[1], "=")
 			names[name] = true
 			option := m[1]
-			if name == "xattrmap" {
+			switch name {
+			case "xattrmap":
 				option = "xattrmap=user.a.:user.b."
+			case "writeback":
+				option = "cache=always,writeback"
 			}
 			option = strings.NewReplacer("GUEST:HOST:COUNT", "0:1000:10", "UID:GID", "1000:1000", "CID", "7", "=PATH", "=/run/vm/v.sock", "=N", "=5").Replace(option)
 			if _, err := host.ParseExport("x=/x," + option); err != nil {

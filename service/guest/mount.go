@@ -50,6 +50,8 @@ func ParseMountOptions(options []string) (MountOptions, error) {
 					return o, fmt.Errorf("mount option %q: a number of bytes from 4096 is wanted", opt)
 				}
 				o.MaxRead = uint32(n)
+			case key == "cache" && (val == "coherent" || val == "none" || val == "always"), key == "writeback" && (val == "on" || val == "off"):
+				// They are the host's to know.
 			case has:
 				return o, unknownOption(opt)
 			default:
@@ -110,23 +112,32 @@ func (o *MountOptions) set(key string) error {
 
 // knownOptions are those that ParseMountOptions takes and that have an effect.
 const knownOptions = "ro, rw, suid, nosuid, dev, nodev, exec, noexec, atime, noatime, relatime, sync, async, dirsync, " +
-	"allow_other, default_permissions, fsname=NAME, max_read=BYTES"
+	"allow_other, default_permissions, fsname=NAME, max_read=BYTES, cache=coherent, cache=none, cache=always, writeback=on, writeback=off"
 
 func unknownOption(o string) error {
 	return fmt.Errorf("mount option %q is not known: there are %s", o, knownOptions)
 }
 
-// hostOptions are those of a list that a host of version 2 has a say in: ro or rw, the last of which counts. It refuses others.
+// hostOptions are those of a list that a host of version 2 has a say in, the last of each kind: ro or rw, cache=, writeback=. It refuses others.
 func hostOptions(options []string) []string {
-	var last []string
+	last := map[string]string{}
 	for _, list := range options {
 		for opt := range strings.SplitSeq(list, ",") {
-			if opt == "ro" || opt == "rw" {
-				last = []string{opt}
+			switch key, _, _ := strings.Cut(opt, "="); key {
+			case "ro", "rw":
+				last["ro"] = opt
+			case "cache", "writeback":
+				last[key] = opt
 			}
 		}
 	}
-	return last
+	var all []string
+	for _, key := range []string{"ro", "cache", "writeback"} {
+		if last[key] != "" {
+			all = append(all, last[key])
+		}
+	}
+	return all
 }
 
 // list is what fusermount3 is told.

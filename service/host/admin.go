@@ -67,6 +67,9 @@ func (o *Options) strings() []string {
 	for _, r := range o.XattrMap {
 		add(true, "xattrmap=", r)
 	}
+	add(o.Cache == passthrough.CacheNone, "cache=", "none")
+	add(o.Cache == passthrough.CacheAlways, "cache=", "always")
+	add(o.Writeback, "writeback", "")
 	add(o.MaxOpenFiles > 0, "max-open-files=", o.MaxOpenFiles)
 	add(o.MaxInodes > 0, "max-inodes=", o.MaxInodes)
 	return all

@@ -246,7 +246,7 @@ func (ss *session) requestMount(c *control, r *wire.MountRequest) {
 
 func (ss *session) tryMount(r *wire.MountRequest) (*mount, error) {
 	p := ss.srv.policy()
-	e, readOnly := p.export(ss.peer, r.Tag), false
+	e := p.export(ss.peer, r.Tag)
 	if e == nil {
 		var tags []string
 		for _, x := range p.visible(ss.peer) {
@@ -254,19 +254,11 @@ func (ss *session) tryMount(r *wire.MountRequest) (*mount, error) {
 		}
 		return nil, fmt.Errorf("no export %s for this guest (%w): there are %s", quote(r.Tag), unix.ENOENT, cmp.Or(strings.Join(tags, ", "), "none"))
 	}
-	for _, o := range r.Options {
-		switch o {
-		case "rw":
-			if e.ReadOnly {
-				return nil, fmt.Errorf("%w: export %s is read-only: leave out rw", unix.EROFS, e.Tag)
-			}
-		case "ro":
-			readOnly = true
-		default:
-			return nil, fmt.Errorf("%w: this host knows no mount option %q: leave it out, or upgrade the host", unix.EINVAL, o)
-		}
+	as, err := e.with(r.Options)
+	if err != nil {
+		return nil, err
 	}
-	return ss.addMount(e, readOnly, r.Dir)
+	return ss.addMount(e, as, r.Dir)
 }
 
 // listExports answers with as many messages as it takes.

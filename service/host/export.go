@@ -3,6 +3,7 @@
 package host
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"path/filepath"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/passthrough"
 	"transfused.org/transfused/service/transport"
@@ -98,6 +101,43 @@ func (e *Export) same(o *Export) bool {
 	return e.Tag == o.Tag && e.Dir == o.Dir && reflect.DeepEqual(e.Options, o.Options)
 }
 
+// with is the export as a guest asks for it, which may be less than what it offers, and cached otherwise.
+func (e *Export) with(options []string) (Export, error) {
+	as := *e
+	for _, o := range options {
+		key, value, _ := strings.Cut(o, "=")
+		switch {
+		case o == "rw":
+			if e.ReadOnly {
+				return as, fmt.Errorf("%w: export %s is read-only: leave out rw", unix.EROFS, e.Tag)
+			}
+		case o == "ro":
+			as.ReadOnly = true
+		case key == "cache":
+			if err := as.Set(key, value, true); err != nil {
+				return as, fmt.Errorf("%w: %w", unix.EINVAL, err)
+			}
+		case o == "writeback=on":
+			if !e.Writeback {
+				return as, fmt.Errorf("%w: export %s has no writeback: the host would have to allow it; leave it out", unix.EINVAL, e.Tag)
+			}
+		case o == "writeback=off":
+			as.Writeback = false
+		default:
+			return as, fmt.Errorf("%w: this host knows no mount option %q: leave it out, or upgrade the host", unix.EINVAL, o)
+		}
+	}
+	if as.Writeback && as.Cache != passthrough.CacheAlways {
+		if slices.Contains(options, "writeback=on") {
+			return as, fmt.Errorf("%w: %w", unix.EINVAL, errWriteback)
+		}
+		as.Writeback = false
+	}
+	return as, nil
+}
+
+var errWriteback = errors.New("writeback without cache=always would lose what is written on the host or by another guest meanwhile, since the guest would write its own pages over it: add cache=always if nobody else writes there, or leave writeback out")
+
 // ParseExport parses TAG=DIR[,option…]. A backslash takes the meaning from a
 // comma, or a backslash, that follows it.
 func ParseExport(s string) (Export, error) {
@@ -158,7 +198,7 @@ func (e *Export) check() error {
 		return fmt.Errorf("squash and id maps exclude each other: leave one out")
 	}
 	if e.Writeback && e.Cache != passthrough.CacheAlways {
-		return fmt.Errorf("writeback without cache=always would lose what is written on the host or by another guest meanwhile, since the guest would write its own pages over it: add cache=always if nobody else writes there, or leave writeback out")
+		return errWriteback
 	}
 	e.Dir = filepath.Clean(e.Dir)
 	return nil

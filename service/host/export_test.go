@@ -14,6 +14,38 @@ import (
 	"transfused.org/transfused/service/transport"
 )
 
+// What a guest asks for may be less than what is exported, or cached otherwise, but must not lose data.
+func TestExportWith(t *testing.T) {
+	for _, c := range []struct{ export, options, want, err string }{
+		{"x=/x", "cache=none", "cache=none", ""},
+		{"x=/x,cache=none", "cache=coherent", "", ""},
+		{"x=/x,cache=always,writeback", "", "cache=always,writeback", ""},
+		{"x=/x,cache=always,writeback", "writeback=off", "cache=always", ""},
+		{"x=/x,cache=always,writeback", "cache=coherent", "", ""},
+		{"x=/x,cache=always,writeback", "cache=none writeback=on", "", "would lose"},
+		{"x=/x,cache=always", "writeback=on", "", "has no writeback"},
+		{"x=/x", "cache=long", "", "cache"},
+		{"x=/x,ro", "rw", "", "read-only"},
+		{"x=/x", "sync", "", "knows no mount option"},
+	} {
+		e, err := ParseExport(c.export)
+		if err != nil {
+			t.Fatal(err)
+		}
+		as, err := e.with(strings.Fields(c.options))
+		if c.err != "" {
+			if err == nil || !strings.Contains(err.Error(), c.err) {
+				t.Errorf("%s with %s: got %v, want an error with %q", c.export, c.options, err, c.err)
+			}
+		} else if got := strings.Join(as.Options.strings(), ","); err != nil || got != c.want {
+			t.Errorf("%s with %s: got %q, %v; want %q", c.export, c.options, got, err, c.want)
+		}
+	}
+	if _, err := ParseExport("x=/x,writeback"); err == nil || !strings.Contains(err.Error(), "would lose") {
+		t.Errorf("writeback alone: %v", err)
+	}
+}
+
 func TestParseExport(t *testing.T) {
 	for _, c := range []struct {
 		name, in string

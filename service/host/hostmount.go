@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -228,10 +229,22 @@ func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMou
 		return nil, fmt.Errorf("the guest answered with %T", a)
 	}
 	options := []string{"default_permissions", "allow_other", "fsname=" + gm.Tag}
+	var own, theirs []string // a guest of version 1 passes nothing on
+	for _, o := range gm.Options {
+		if key, _, _ := strings.Cut(o, "="); key == "cache" || key == "writeback" {
+			own = append(own, o)
+		} else {
+			theirs = append(theirs, o)
+		}
+	}
+	as, err := e.with(own)
+	if err != nil {
+		return nil, err
+	}
 	if e.ReadOnly {
 		options = append(options, "ro")
 	}
-	args, err := wire.AppendMountArgs(nil, wire.MountArgs(append(options, gm.Options...), gm.Dir))
+	args, err := wire.AppendMountArgs(nil, wire.MountArgs(append(options, theirs...), gm.Dir))
 	if err != nil {
 		return nil, err
 	}
@@ -240,7 +253,7 @@ func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMou
 		return nil, err
 	}
 	defer conn.Close() // the worker has its own
-	m, err := ss.addMount(e, false, gm.Dir)
+	m, err := ss.addMount(e, as, gm.Dir)
 	if err != nil {
 		return nil, err
 	}

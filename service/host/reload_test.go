@@ -293,7 +293,7 @@ func TestReloadWhileMounting(t *testing.T) {
 	ss := h.session()
 	of := h.s.policy().export(ss.peer, "code")
 	h.mustReconfigure(Config{Exports: []Export{other}})
-	if _, err := ss.addMount(of, false, "/mnt"); !errors.Is(err, unix.ENOENT) {
+	if _, err := ss.addMount(of, *of, "/mnt"); !errors.Is(err, unix.ENOENT) {
 		t.Errorf("a mount by the policy of before: %v", err)
 	}
 	if n := len(ss.mounts); n != 1 {

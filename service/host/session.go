@@ -321,10 +321,8 @@ func (ss *session) workerFor(e *Export) (*workerProc, error) {
 	return w, nil
 }
 
-// addMount gives the worker an export to serve, under a new MountID.
-func (ss *session) addMount(of *Export, readOnly bool, dir string) (*mount, error) {
-	e := *of
-	e.ReadOnly = e.ReadOnly || readOnly
+// addMount gives the worker an export to serve, as e, under a new MountID.
+func (ss *session) addMount(of *Export, e Export, dir string) (*mount, error) {
 	m := &mount{export: &e, of: of, dir: dir, done: make(chan struct{}), told: make(chan struct{})}
 	w, err := ss.noteMount(m)
 	if err != nil {
