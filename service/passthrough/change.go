@@ -81,6 +81,8 @@ func (fs *FS) life(r *request, n *node, st *unix.Statx_t) (entry, attr time.Dura
 	switch {
 	case fs.c.Cache == CacheNone:
 		return 0, 0
+	case fs.c.Writeback && n.typ == unix.S_IFREG:
+		return longTTL * time.Second, fs.c.TTL // its blocks, once they are written
 	case fs.c.Cache == CacheAlways:
 		return longTTL * time.Second, longTTL * time.Second
 	case !fs.pushed() || n.key.dev != fs.root.key.dev || n.key.mnt != fs.root.key.mnt:

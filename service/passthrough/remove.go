@@ -64,7 +64,8 @@ func (r *request) keepLast(dir int, name cname) (n *node, last *unix.Statx_t) {
 		return nil, nil
 	}
 	n.fs.mu.Lock()
-	unused := st.Nlink == 1 && n.typ != unix.S_IFDIR && n.fd < 0 && len(n.opens) == 0
+	// A guest that writes later may still write to it.
+	unused := !n.fs.c.Writeback && st.Nlink == 1 && n.typ != unix.S_IFDIR && n.fd < 0 && len(n.opens) == 0
 	n.fs.mu.Unlock()
 	if unused {
 		st.Nlink = 0
