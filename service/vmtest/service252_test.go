@@ -21,6 +21,7 @@ func TestService252(t *testing.T) {
 		{"restart", test252Restart},
 		{"killed", testServiceKilled},
 		{"stop", testServiceStop},
+		{"boot", test252Boot},
 		{"host", testHostPackage},
 		{"purge", testPurge},
 	})
@@ -46,4 +47,13 @@ func test252Restart(t *testing.T, r *serviceRig) {
 	}
 	r.status(t, "1 mount, host connected")
 	r.want(t, "2", "systemctl show -P NFileDescriptorStore transfused")
+}
+
+// test252Boot has all mounts there after a boot. The credential's is on the kernel's command line.
+func test252Boot(t *testing.T, r *serviceRig) {
+	r.has(t, "cat /proc/cmdline", " systemd.set_credential_binary=transfused.toml:")
+	r.bootMounts(t)
+	r.reboot(t)
+	r.booted(t)
+	r.noBootMounts(t)
 }

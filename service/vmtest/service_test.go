@@ -77,7 +77,13 @@ func newServiceRig(t *testing.T, suite string) *serviceRig {
 		_, err := packages()
 		l.built <- errors.Join(err, l.build(t.Context()))
 	}()
-	if l.vm, err = Boot(t.Context(), images, Config{Credentials: map[string]string{"transfused.toml": credential}}); err != nil {
+	config, credentials := Config{Reboots: true}, map[string]string{"transfused.toml": credential}
+	if suite == Bookworm {
+		config.CommandLine = credentials // as Firecracker has it
+	} else {
+		config.Credentials = credentials
+	}
+	if l.vm, err = Boot(t.Context(), images, config); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.close(t) })
@@ -415,37 +421,63 @@ func (r *serviceRig) softReboot(t *testing.T) {
 	}
 }
 
-func testBootMounts(t *testing.T, r *serviceRig) {
+// reboot restarts the guest.
+func (r *serviceRig) reboot(t *testing.T) {
+	t.Helper()
+	const id = "cat /proc/sys/kernel/random/boot_id"
+	begin, before := time.Now(), r.guest(t, id)
+	if err := r.vm.Reboot(t.Context()); err != nil {
+		t.Fatalf("%v\n%s", err, r.vm.Logs())
+	}
+	if r.guest(t, id) == before {
+		t.Fatal("the guest has not restarted")
+	}
+	t.Logf("rebooted in %.0f s", time.Since(begin).Seconds())
+}
+
+// bootMounts configures mounts for the next boots, beside the credential's.
+func (r *serviceRig) bootMounts(t *testing.T) {
+	t.Helper()
 	r.guest(t, `mkdir -p /mnt/fst /mnt/auto /etc/transfuse/transfused.toml.d
 		printf 'fst /mnt/fst transfuse defaults 0 0\n' >>/etc/fstab
 		printf '[mount.auto]\ndir = "/mnt/auto"\noptions = ["x-systemd.automount"]\n' >/etc/transfuse/transfused.toml.d/20-auto.toml`)
-	check := func() {
-		t.Helper()
-		r.guest(t, "await mounted /mnt/cred; await mounted /mnt/fst; cat /mnt/cred/tag /mnt/fst/tag")
-		r.want(t, "active\nactive", "systemctl is-active mnt-fst.mount mnt-cred.mount")
-		r.want(t, "autofs\nauto\nfuse.transfuse", "findmnt -n -o FSTYPE /mnt/auto; timeout 60 cat /mnt/auto/tag; findmnt -n -o FSTYPE /mnt/auto | tail -n 1")
-		r.want(t, "", "systemctl list-units --failed --no-legend --plain 'transfuse*' 'mnt-*'")
-	}
+}
+
+// booted fails the test unless the mounts of the credential, fstab and configuration are there.
+func (r *serviceRig) booted(t *testing.T) {
+	t.Helper()
+	r.guest(t, "await mounted /mnt/cred; await mounted /mnt/fst; cat /mnt/cred/tag /mnt/fst/tag")
+	r.want(t, "active\nactive", "systemctl is-active mnt-fst.mount mnt-cred.mount")
+	r.want(t, "autofs\nauto\nfuse.transfuse", "findmnt -n -o FSTYPE /mnt/auto; timeout 60 cat /mnt/auto/tag; findmnt -n -o FSTYPE /mnt/auto | tail -n 1")
+	r.want(t, "", "systemctl list-units --failed --no-legend --plain 'transfuse*' 'mnt-*'")
+}
+
+// noBootMounts takes away what bootMounts has configured.
+func (r *serviceRig) noBootMounts(t *testing.T) {
+	t.Helper()
+	r.guest(t, "sed -i '/transfuse/d' /etc/fstab; rm /etc/transfuse/transfused.toml.d/20-auto.toml; systemctl daemon-reload; await mounted /mnt/cred")
+}
+
+func testBootMounts(t *testing.T, r *serviceRig) {
+	r.bootMounts(t)
 	r.softReboot(t)
-	check()
+	r.booted(t)
 	// A shutdown writes back what was changed in memory, and does not hang.
 	r.guest(t, "fio --name=m --filename=/mnt/fst/mapped --ioengine=mmap --rw=write --bs=64k --size=2M --buffer_pattern=0x5a --end_fsync=0 --output=/run/fio")
 	// Without D-Bus and without a network.
 	r.guest(t, "systemctl mask dbus.service dbus.socket systemd-networkd.service systemd-networkd.socket >/dev/null 2>&1")
-	r.softReboot(t)
+	r.reboot(t)
 	if out := local(t, "tr -d 'Z' <"+r.dirs["fst"]+"/mapped | wc -c; stat -c %s "+r.dirs["fst"]+"/mapped"); out != "0\n2097152" {
 		t.Errorf("the file that was mapped has, but for what was written, and in all: %s", out)
 	}
-	check()
+	r.booted(t)
 	r.guest(t, "systemctl unmask dbus.service dbus.socket systemd-networkd.service systemd-networkd.socket >/dev/null 2>&1; systemctl start dbus.socket")
 	// With a host that is gone, a shutdown ends in time, and what needs no mount comes up.
 	r.guest(t, "sed -i 's/transfuse defaults/transfuse nofail/' /etc/fstab")
 	r.host.stop(t)
-	begin := time.Now()
-	r.softReboot(t)
-	t.Logf("rebooted in %.0f s with the host gone", time.Since(begin).Seconds())
+	r.reboot(t)
 	r.host = serve(t, r.side, r.exports)
-	r.guest(t, "sed -i '/transfuse/d' /etc/fstab; rm /etc/transfuse/transfused.toml.d/20-auto.toml; systemctl daemon-reload; await mounted /mnt/cred")
+	r.noBootMounts(t)
 }
 
 func testPurge(t *testing.T, r *serviceRig) {

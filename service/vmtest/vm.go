@@ -29,6 +29,8 @@ type Config struct {
 	Interactive bool   // the VM's serial console is this program's terminal
 
 	Credentials map[string]string // for the guest's systemd, by name (SMBIOS, type 11)
+	CommandLine map[string]string // the same on the kernel's command line
+	Reboots     bool              // a VM that restarts does so, by Reboot; else it ends
 }
 
 // VM is a running virtual machine. Methods may be called concurrently.
@@ -36,8 +38,10 @@ type VM struct {
 	work      string
 	processes []*process // in the order of their start; the last is QEMU
 	states    net.Listener
-	ready     chan struct{} // closed when the guest's systemd says so
 	listening sync.WaitGroup
+
+	mu    sync.Mutex
+	ready chan struct{} // closed when the guest's systemd says so, of this boot
 }
 
 // Boot boots a VM and returns when its systemd has started every unit. Close it in the end.
@@ -71,14 +75,20 @@ func Boot(ctx context.Context, im *Images, c Config) (_ *VM, err error) {
 		memory = 1024
 	}
 	args := []string{
-		"qemu-system-x86_64", "-nodefaults", "-nographic", "-no-reboot", "-serial", "mon:stdio",
+		"qemu-system-x86_64", "-nodefaults", "-nographic", "-serial", "mon:stdio",
 		"-smp", "2", "-m", strconv.Itoa(memory),
 		"-object", fmt.Sprintf("memory-backend-memfd,id=m,size=%dM,share=on", memory), "-machine", "q35,memory-backend=m,sata=off",
 		"-kernel", "/image/vmlinuz", "-initrd", "/image/initrd.img",
 		"-drive", "file=/image/disk.img,format=raw,if=virtio,snapshot=on,cache=unsafe",
 		"-chardev", "socket,id=vsock,path=" + room.path("vhost.sock"), "-device", "vhost-user-vsock-pci,chardev=vsock",
-		"-append", "root=/dev/vda rw console=ttyS0 panic=-1 quiet " +
-			fmt.Sprintf("systemd.set_credential=vmm.notify_socket:vsock-stream:2:%d", notifyPort),
+	}
+	commandLine := fmt.Sprintf("root=/dev/vda rw console=ttyS0 panic=-1 quiet systemd.set_credential=vmm.notify_socket:vsock-stream:2:%d", notifyPort)
+	for name, text := range c.CommandLine {
+		commandLine += fmt.Sprintf(" systemd.set_credential_binary=%s:%s", name, base64.StdEncoding.EncodeToString([]byte(text)))
+	}
+	args = append(args, "-append", commandLine)
+	if !c.Reboots {
+		args = append(args, "-no-reboot")
 	}
 	if os.Getenv("TRANSFUSED_VM_KVM") != "" {
 		args = append(args, "-accel", "kvm", "-cpu", "host")
@@ -117,6 +127,18 @@ func (vm *VM) Logs() string {
 		}
 	}
 	return b.String()
+}
+
+// Reboot restarts the guest, whose disk stays as it is, and returns when it is up again. It takes Config.Reboots.
+func (vm *VM) Reboot(ctx context.Context) error {
+	vm.mu.Lock()
+	vm.ready = make(chan struct{})
+	vm.mu.Unlock()
+	// With a pause, so that the answer still comes.
+	if _, err := vm.Run(ctx, "systemd-run --quiet --on-active=0.5 --timer-property=AccuracySec=50ms systemctl reboot"); err != nil {
+		return fmt.Errorf("vm: reboot: %w", err)
+	}
+	return vm.waitReady(ctx)
 }
 
 // Wait returns when the VM has powered off.
@@ -225,7 +247,6 @@ func listens(name string) bool {
 // takeStates takes the messages of the guest's systemd. It does so until the end, since systemd
 // waits for each to be taken.
 func (vm *VM) takeStates() {
-	up := sync.OnceFunc(func() { close(vm.ready) })
 	text := make([]byte, 4096)
 	for {
 		c, err := vm.states.Accept()
@@ -237,7 +258,13 @@ func (vm *VM) takeStates() {
 		n, _ := c.Read(text) // a message that breaks off is not the one
 		c.Close()
 		if strings.Contains(string(text[:n]), "READY=1") {
-			up()
+			vm.mu.Lock()
+			select {
+			case <-vm.ready:
+			default:
+				close(vm.ready)
+			}
+			vm.mu.Unlock()
 		}
 	}
 }
@@ -247,8 +274,11 @@ func (vm *VM) waitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	qemu := vm.processes[len(vm.processes)-1]
+	vm.mu.Lock()
+	ready := vm.ready
+	vm.mu.Unlock()
 	select {
-	case <-vm.ready:
+	case <-ready:
 		return nil
 	case <-qemu.done:
 		return fmt.Errorf("qemu ended during the boot: %v", qemu.err)
