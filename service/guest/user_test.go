@@ -112,7 +112,7 @@ func TestOrdinaryUser(t *testing.T) {
 	defer h.control.Close()
 	h.read(h.control, 6)
 	h.write(h.control, "\x06\x00\x00\x00\x00\x00")
-	h.accept().Close() // it makes sure
+	h.accept().Close() // the Init that makes sure
 
 	mnt := filepath.Join(dir, "mnt")
 	h.mount(mnt, "fsname=x,default_permissions", &tinyFS{size: 5})
