@@ -626,6 +626,12 @@ func (d *Daemon) unmountAsked(ctx context.Context, c *control, q *wire.UnmountAs
 		return
 	}
 	d.unmount(m, q.Reason)
+	if m.err == nil { // else it is made again
+		select {
+		case <-m.e.done: // or who asks for another mount there at once would be refused
+		case <-ctx.Done():
+		}
+	}
 	c.send(&wire.UnmountReply{ID: q.ID})
 }
 
