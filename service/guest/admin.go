@@ -188,7 +188,7 @@ func (d *Daemon) Unmount(ctx context.Context, id string, how api.Unmounting) err
 	case how.Lazy:
 		q.How = howDetach
 	}
-	_, err := d.helper.call(ctx, q)
+	_, err := d.callAbout(ctx, m, q)
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		restore()
@@ -231,7 +231,7 @@ func (d *Daemon) Remount(ctx context.Context, id string, readOnly bool) error {
 		return api.Errorf(api.Refused, "remount %s: %w: the host exports %s read-only", e.spec.Dir, unix.EROFS, e.spec.Tag)
 	}
 	o.ReadOnly = readOnly
-	if _, err := d.helper.call(ctx, call{Op: opRemount, Key: m.key, Options: o}); err != nil {
+	if _, err := d.callAbout(ctx, m, call{Op: opRemount, Key: m.key, Options: o}); err != nil {
 		return api.Errorf(api.Internal, "%w", err)
 	}
 	d.mu.Lock()

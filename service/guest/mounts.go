@@ -45,6 +45,7 @@ type mount struct {
 	ctx          context.Context // ends with the mount
 	cancel       context.CancelCauseFunc
 	ended        chan struct{} // closed when nothing is left of it
+	adopted      chan struct{} // closed when the helper has looked for it; nil: it has made it
 	err          error         // why it ended; nil: it was unmounted; errLeft: another process goes on with it. Before ended is closed
 
 	recordMu   sync.Mutex // guards record
@@ -203,7 +204,7 @@ func (d *Daemon) begin(m *mount) (missed bool) {
 func (d *Daemon) detach(m *mount) {
 	ctx, cancel := context.WithTimeout(context.Background(), unmountTime)
 	defer cancel()
-	if _, err := d.helper.call(ctx, call{Op: opUnmount, Key: m.key, How: howForce}); err != nil {
+	if _, err := d.callAbout(ctx, m, call{Op: opUnmount, Key: m.key, How: howForce}); err != nil {
 		if errors.Is(err, errHelperEnded) {
 			d.mu.Lock()
 			d.stale = append(d.stale, m.dir) // for another helper
@@ -455,7 +456,7 @@ func (d *Daemon) unmount(m *mount, reason wire.Reason) {
 	d.mu.Unlock()
 	ctx, cancel := context.WithTimeoutCause(context.Background(), unmountTime, errors.New("the host does not answer"))
 	defer cancel()
-	_, err := d.helper.call(ctx, call{Op: opUnmount, Key: m.key, How: howDetach})
+	_, err := d.callAbout(ctx, m, call{Op: opUnmount, Key: m.key, How: howDetach})
 	if err != nil && !errors.Is(err, errHelperEnded) {
 		d.log.Warn(fmt.Sprintf("unmount %s: %s: by force now", m.dir, err))
 	}

@@ -4,9 +4,7 @@ package guest
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -66,9 +64,6 @@ func (d *Daemon) change(m *mount, f func(*record)) {
 	}
 }
 
-// adoptTime is how long the helper may look for a mount that is taken up.
-const adoptTime = 2 * time.Second
-
 // takeUp goes on with the mounts that an earlier process has left. They wait for the host, and so do those who use them.
 func (d *Daemon) takeUp() {
 	for _, s := range d.c.Stored {
@@ -94,7 +89,7 @@ func (d *Daemon) takeUpOne(s sd.Stored) error {
 		err = fmt.Errorf("it is of another session than the others")
 	}
 	m := &mount{key: r.ID, dir: r.Spec.Dir, tag: r.Spec.Tag, wireID: r.WireID, version: 2, noFlush: r.NoFlush, keeps: true, hostReadOnly: r.HostReadOnly,
-		options: r.Options, traffic: &traffic{}, ended: make(chan struct{}), attached: r.Mount, record: *r, recordFile: file}
+		options: r.Options, traffic: &traffic{}, ended: make(chan struct{}), adopted: make(chan struct{}), attached: r.Mount, record: *r, recordFile: file}
 	if err != nil {
 		dev.Close()
 		file.Close()
@@ -127,25 +122,43 @@ func (d *Daemon) takeUpOne(s sd.Stored) error {
 	d.mu.Lock()
 	m.e.nowhere, m.e.kept = r.Nowhere, r.Kept
 	d.mu.Unlock()
-	// A path may lead through another mount that waits for its host: nothing here waits for that.
-	ctx, cancel := context.WithTimeoutCause(d.ctx, adoptTime, errors.New("the way there leads through a mount that does not answer"))
-	defer cancel()
-	q := call{Op: opAdopt, Key: m.key, Dir: m.dir, Mount: r.Mount, Options: r.Options, WireID: m.wireID, Keep: true}
-	if r.Nowhere {
-		q.Dir = ""
-	}
-	if _, err := d.helper.call(ctx, q); err != nil {
-		d.log.Warn("a mount that was taken up can't be reached: it goes on, but not for events, and unmounting it is up to you", "dir", m.dir, "error", err)
-	}
 	m.ctx, m.cancel = context.WithCancelCause(context.WithoutCancel(d.ctx))
 	d.set(m.e, api.Reconnecting, "the daemon was started again")
 	d.log.Info("taken up", "dir", m.dir, "tag", m.tag, sd.MountTakenUp.Attr())
 	d.begin(m)
-	d.wg.Go(func() { d.keepNotify(m) })
+	// Its users wait for the host, not for the helper to start; and the path may lead through another mount that waits for the host.
+	d.wg.Go(func() {
+		d.adopt(m, r)
+		d.keepNotify(m)
+	})
 	if r.Kept {
 		d.keepers.Go(func() { _ = d.keep(m.e) }) // what it can't do was logged
 	} else {
 		d.unlistAfter(m.e, m)
 	}
 	return nil
+}
+
+// adopt has the helper look for m, which was taken up.
+func (d *Daemon) adopt(m *mount, r *record) {
+	defer close(m.adopted)
+	q := call{Op: opAdopt, Key: m.key, Dir: m.dir, Mount: r.Mount, Options: r.Options, WireID: m.wireID, Keep: true}
+	if r.Nowhere {
+		q.Dir = ""
+	}
+	if _, err := d.helper.call(m.ctx, q); err != nil && m.ctx.Err() == nil {
+		d.log.Warn("a mount that was taken up can't be reached: it goes on, but not for events, and unmounting it is up to you", "dir", m.dir, "error", err)
+	}
+}
+
+// callAbout asks the helper about m, which it may not know yet.
+func (d *Daemon) callAbout(ctx context.Context, m *mount, q call) (answer, error) {
+	if m.adopted != nil {
+		select {
+		case <-m.adopted:
+		case <-ctx.Done():
+			return answer{}, fmt.Errorf("%s: %w", q.Op, context.Cause(ctx))
+		}
+	}
+	return d.helper.call(ctx, q)
 }

@@ -309,6 +309,10 @@ func testServiceRestart(t *testing.T, r *serviceRig) {
 	}
 	r.status(t, "1 mount, host connected")
 	r.want(t, "2", "systemctl show -P NFileDescriptorStore transfused")
+	// One mount in another is found again when that is served again, and nobody waits for it before.
+	r.guest(t, `mkdir /mnt/cred/in; transfusectl mount code /mnt/cred/in; systemctl restart transfused; cat /mnt/cred/in/tag
+		transfusectl unmount /mnt/cred/in; unmounted /mnt/cred/in; rmdir /mnt/cred/in`)
+	r.want(t, "", "journalctl -u transfused -o cat | grep -F 'be reached' || true")
 }
 
 func testServiceKilled(t *testing.T, r *serviceRig) {
