@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -17,8 +18,9 @@ import (
 
 // changes is a worker's end of what joins it to the hub.
 type changes struct {
-	w  *worker
-	fd int
+	w      *worker
+	fd     int
+	others *atomic.Uint32 // not 0: workers besides this one are to hear what the guest does
 
 	mu    sync.Mutex
 	wake  sync.Cond
@@ -29,8 +31,11 @@ type changes struct {
 // maxChanges is how many changes of the guest may wait for the parent to read them.
 const maxChanges = 4096
 
-func newChanges(w *worker, f *os.File) (*changes, error) {
-	defer f.Close()
+func newChanges(w *worker, f, shared *os.File) (*changes, error) {
+	memory, err := mapOthers(shared, false)
+	if err != nil {
+		return nil, err
+	}
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, os.NewSyscallError("fcntl", err)
@@ -39,12 +44,15 @@ func newChanges(w *worker, f *os.File) (*changes, error) {
 		unix.Close(fd)
 		return nil, os.NewSyscallError("fcntl", err)
 	}
-	c := &changes{w: w, fd: fd, queue: map[uint32][]watch.Change{}}
+	c := &changes{w: w, fd: fd, others: othersIn(memory), queue: map[uint32][]watch.Change{}}
 	c.wake.L = &c.mu
 	go c.receive()
 	go c.send()
 	return c, nil
 }
+
+// heard tells whether anybody is to hear what the guest of a mount does. Who begins to listen later has kept nothing from before.
+func (c *changes) heard() bool { return c.others.Load() != 0 || c.w.several.Load() }
 
 // receive tells all mounts what the hub tells.
 func (c *changes) receive() {

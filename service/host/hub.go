@@ -10,6 +10,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -28,11 +29,13 @@ type hub struct {
 	why     error          // and why
 	trees   map[string]*tree
 	members map[*member]bool
+	ours    atomic.Pointer[map[int]bool] // processes whose changes need not be told, since all who should hear of them hear it from themselves
 }
 
 // tree is an exported directory, while it is mounted.
 type tree struct {
 	dir    string
+	dev    uint64
 	tree   *watch.Tree // nil: it can't be watched
 	why    error
 	mounts map[hubMount]bool
@@ -43,9 +46,11 @@ type hubMount struct {
 	id uint32
 }
 
-// member is a worker.
+// member is a worker. What its guest does it reports while others is not 0: while another one serves a directory of its own.
 type member struct {
 	hub    *hub
+	others *atomic.Uint32 // in memory that the worker has too
+	memory []byte
 	fd     int
 	pid    int
 	lost   atomic.Bool      // something was not told, for lack of room
@@ -63,21 +68,84 @@ func newHub(log *slog.Logger) *hub {
 	return &hub{log: log, trees: map[string]*tree{}, members: map[*member]bool{}}
 }
 
-// join makes a member of the worker pid. The file is for that worker, and the caller's to close.
-func (h *hub) join(pid int) (*member, *os.File, error) {
+// join makes a member of the worker pid. The files are for that worker, and the caller's to close.
+func (h *hub) join(pid int) (*member, []*os.File, error) {
+	shared, err := unix.MemfdCreate("others", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("memfd_create", err)
+	}
+	file := os.NewFile(uintptr(shared), "others")
+	memory, err := mapOthers(file, true)
+	if err != nil {
+		file.Close()
+		return nil, nil, err
+	}
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
+		file.Close()
 		return nil, nil, os.NewSyscallError("socketpair", err)
 	}
 	for _, fd := range fds {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, packetBuffer) // less is allowed
 	}
-	m := &member{hub: h, fd: fds[0], pid: pid, trees: map[uint32]*tree{}, done: make(chan struct{})}
+	m := &member{hub: h, others: othersIn(memory), memory: memory, fd: fds[0], pid: pid, trees: map[uint32]*tree{}, done: make(chan struct{})}
 	h.mu.Lock()
 	h.members[m] = true
 	h.mu.Unlock()
 	go m.read()
-	return m, os.NewFile(uintptr(fds[1]), "changes"), nil
+	return m, []*os.File{os.NewFile(uintptr(fds[1]), "changes"), file}, nil
+}
+
+// mapOthers maps the memory that says whether there are others. The worker only reads it.
+func mapOthers(f *os.File, write bool) ([]byte, error) {
+	how := unix.PROT_READ
+	if write {
+		how |= unix.PROT_WRITE
+		if err := f.Truncate(4); err != nil {
+			return nil, err
+		}
+		// Whoever has it can't make it shorter: a read would fault.
+		if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
+			return nil, os.NewSyscallError("fcntl", err)
+		}
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, 4, how, unix.MAP_SHARED)
+	if err != nil {
+		return nil, os.NewSyscallError("mmap", err)
+	}
+	return b, nil
+}
+
+func othersIn(memory []byte) *atomic.Uint32 {
+	return (*atomic.Uint32)(unsafe.Pointer(unsafe.SliceData(memory)))
+}
+
+// settle works out who hears of whom. It needs h.mu.
+func (h *hub) settle() {
+	ours := map[int]bool{}
+	for m := range h.members {
+		others, all := uint32(0), len(m.trees) > 0
+		serves := map[*tree]bool{}
+		devs := map[uint64]bool{}
+		for _, t := range m.trees {
+			serves[t], devs[t.dev] = true, true
+			for o := range t.mounts {
+				if o.member != m {
+					others = 1
+				}
+			}
+		}
+		for _, t := range h.trees {
+			all = all && (serves[t] || !devs[t.dev]) // one that is not its own may be below its own, or above
+		}
+		if m.others.Load() != others {
+			m.others.Store(others)
+		}
+		if all {
+			ours[m.pid] = true
+		}
+	}
+	h.ours.Store(&ours)
 }
 
 // leave ends the membership. The worker has ended.
@@ -100,6 +168,9 @@ func (m *member) leave() {
 	unix.Shutdown(m.fd, unix.SHUT_RDWR) // read ends
 	<-m.done
 	unix.Close(m.fd)
+	m.hub.mu.Lock() // settle is not at it
+	_ = unix.Munmap(m.memory)
+	m.hub.mu.Unlock()
 }
 
 // mounted has the changes of dir told to m, and tells whether those on the host can be seen; if not, why. root is the directory.
@@ -110,11 +181,16 @@ func (m *member) mounted(id uint32, dir string, root *os.File) (watched bool, wh
 	t := h.trees[dir]
 	if t == nil {
 		t = &tree{dir: dir, mounts: map[hubMount]bool{}}
+		var st unix.Stat_t
+		if unix.Fstat(int(root.Fd()), &st) == nil {
+			t.dev = st.Dev
+		}
 		h.trees[dir] = t
 		t.tree, t.why = h.watch(t, root)
 	}
 	t.mounts[hubMount{m, id}] = true
 	m.trees[id] = t
+	h.settle()
 	return t.tree != nil, t.why
 }
 
@@ -122,7 +198,9 @@ func (m *member) mounted(id uint32, dir string, root *os.File) (watched bool, wh
 func (h *hub) watch(t *tree, root *os.File) (*watch.Tree, error) {
 	if !h.tried {
 		h.tried = true
-		h.watcher, h.why = watch.New(h.log)
+		if h.watcher, h.why = watch.New(h.log); h.watcher != nil {
+			h.watcher.LeaveOut(func(pid int) bool { ours := h.ours.Load(); return ours != nil && (*ours)[pid] })
+		}
 	}
 	if h.watcher == nil {
 		return nil, h.why
@@ -146,6 +224,7 @@ func (m *member) unmounted(id uint32) {
 		delete(h.trees, t.dir)
 		last = t.tree
 	}
+	h.settle()
 	h.mu.Unlock()
 	if last != nil {
 		last.Close()

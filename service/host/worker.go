@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -36,7 +37,7 @@ type order struct {
 	Stream  *streamOrder  `json:",omitempty"` // with the connection
 	Unmount *unmountOrder `json:",omitempty"`
 	Count   bool          `json:",omitempty"`
-	Changes bool          `json:",omitempty"` // with the socket of the hub, once
+	Changes bool          `json:",omitempty"` // with the socket of the hub, and its memory, once
 	Notify  *notifyOrder  `json:",omitempty"` // with the connection
 	Events  *eventsOrder  `json:",omitempty"` // with the connection
 }
@@ -122,6 +123,7 @@ type worker struct {
 	mounts  map[uint32]*workerMount
 	events  *eventChannel                  // nil: none
 	changes *changes                       // set once, before the first mount
+	several atomic.Bool                    // there is more than one mount
 	limits  map[string]*passthrough.Limits // by tag and numbers, of exports that have their own; "" of the others
 }
 
@@ -199,9 +201,8 @@ func (w *worker) obey(o *order, files []*os.File) (r report) {
 	case o.Stream != nil && len(files) == 1:
 		used = true
 		err = w.stream(o.Stream, files[0])
-	case o.Changes && len(files) == 1 && w.changes == nil:
-		used = true
-		w.changes, err = newChanges(w, files[0])
+	case o.Changes && len(files) == 2 && w.changes == nil:
+		w.changes, err = newChanges(w, files[0], files[1])
 	case o.Notify != nil && len(files) == 1:
 		used = true
 		err = w.notify(o.Notify, files[0])
@@ -234,8 +235,9 @@ func (w *worker) mount(o *mountOrder, root *os.File) error {
 		return fmt.Errorf("mount %d: %w", o.MountID, unix.EEXIST)
 	}
 	var changed func(watch.Change)
+	var heard func() bool
 	if c := w.changes; c != nil {
-		changed = func(k watch.Change) { c.report(o.MountID, k) }
+		changed, heard = func(k watch.Change) { c.report(o.MountID, k) }, c.heard
 	}
 	fs, err := passthrough.New(passthrough.Config{
 		Root: root, Name: o.Tag, ProcFD: w.procFD, Limits: w.limitsOf(o),
@@ -243,7 +245,7 @@ func (w *worker) mount(o *mountOrder, root *os.File) error {
 		RootAs: o.Options.Root, UIDs: o.Options.UIDs, GIDs: o.Options.GIDs, Squash: o.Options.Squash,
 		Submounts: o.Options.Submounts, Xattr: o.Options.Xattr, XattrMap: o.Options.XattrMap,
 		Cache: o.Options.Cache, Writeback: o.Options.Writeback,
-		Ahead: o.Ahead, Changed: changed, Log: w.log.With("tag", o.Tag),
+		Ahead: o.Ahead, Changed: changed, Heard: heard, Log: w.log.With("tag", o.Tag),
 	})
 	if err != nil {
 		return fmt.Errorf("export %s: %w", o.Tag, err)
@@ -251,6 +253,7 @@ func (w *worker) mount(o *mountOrder, root *os.File) error {
 	fs.Watched(o.Watched)
 	m := &workerMount{fs: fs, keep: o.Keep}
 	w.mounts[o.MountID] = m
+	w.several.Store(len(w.mounts) > 1)
 	if w.events != nil {
 		fs.Act(w.events.actor(o.MountID))
 	}
@@ -327,6 +330,7 @@ func (w *worker) ended(id uint32, m *workerMount, s *workerStream, err error) {
 	kept := m.keep && !m.ending && !m.fs.Destroyed()
 	if last && !kept {
 		delete(w.mounts, id)
+		w.several.Store(len(w.mounts) > 1)
 	}
 	w.mu.Unlock()
 	close(s.done)
@@ -365,6 +369,7 @@ func (w *worker) unmount(id uint32) counts {
 		return c
 	}
 	delete(w.mounts, id)
+	w.several.Store(len(w.mounts) > 1)
 	if err := m.fs.Close(); err != nil {
 		w.log.Warn("unmount", "mount", id, "error", err)
 	}

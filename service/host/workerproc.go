@@ -70,10 +70,12 @@ func startWorker(c confinement, h *hub, log *slog.Logger, events workerEvents) (
 	for _, text := range r.Warnings {
 		w.log.Warn("worker is less confined than it should be", "reason", quote(text))
 	}
-	member, file, err := h.join(p.Pid())
+	member, files, err := h.join(p.Pid())
 	if err == nil {
-		_, err = w.order(order{Changes: true}, file)
-		file.Close()
+		_, err = w.order(order{Changes: true}, files...)
+		for _, f := range files {
+			f.Close()
+		}
 		w.mu.Lock()
 		gone := w.waiting == nil
 		w.member = member

@@ -369,9 +369,12 @@ func (fs *FS) tellAll(n *notifier) {
 	n.flush(fs)
 }
 
+// heard tells whether anybody is to hear of changes.
+func (fs *FS) heard() bool { return fs.c.Changed != nil && (fs.c.Heard == nil || fs.c.Heard()) }
+
 // report tells of a change that the guest has made, to whom it may concern.
 func (fs *FS) report(op watch.Op, dir *node, name cname, n *node) {
-	if fs.c.Changed == nil {
+	if !fs.heard() {
 		return
 	}
 	c := watch.Change{Op: op}
@@ -392,7 +395,7 @@ func (fs *FS) reportFile(op watch.Op, n *node) {
 	if op&watch.Modify != 0 && n.stamp.Load() != ownStamp {
 		n.stamp.Store(ownStamp)
 	}
-	if fs.c.Changed == nil {
+	if !fs.heard() {
 		return
 	}
 	c := watch.Change{Op: op, Inode: n.inode(), Mode: n.typ}

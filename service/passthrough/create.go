@@ -109,7 +109,7 @@ func opLink(r *request) fuse.Errno {
 // made is entry, of what the request has made.
 func (r *request) made(parent *node, dir int, name cname) fuse.Errno {
 	e := r.entry(parent, dir, name)
-	if e == 0 && r.fs.c.Changed != nil {
+	if e == 0 && r.fs.heard() {
 		var out fuse.EntryOut
 		fuse.Decode(&out, r.out[fuse.OutHeaderSize:])
 		n, _ := r.node(out.NodeID)

@@ -50,6 +50,7 @@ type Config struct {
 	Ahead   bool               // tell the attributes of a changed directory ahead (fuse.AheadOut)
 	TTL     time.Duration      // how long the guest may cache what it is not told of; 0: one second
 	Changed func(watch.Change) `json:"-"` // called with each change that the guest makes, from many goroutines; must not wait; nil: not
+	Heard   func() bool        `json:"-"` // whether anybody hears what Changed is called with; nil: yes
 	Limits  *Limits            // shared by all mounts of one session; nil: defaults
 	ProcFD  *os.File           // /proc/self/fd, not owned; nil: New opens it
 	Log     *slog.Logger       // nil: silent

@@ -60,7 +60,7 @@ func (r *request) rename(newdir uint64, flags uint32) fuse.Errno {
 
 // reportRename tells of a rename. moved is what is under the new name, if the guest knows it.
 func (r *request) reportRename(from *node, oldname cname, to *node, newname cname, moved *node, flags uint32) {
-	if r.fs.c.Changed == nil {
+	if !r.fs.heard() {
 		return
 	}
 	c := watch.Change{Op: watch.Rename, Dir: from.inode(), Name: oldname.String(), NewDir: to.inode(), NewName: newname.String()}

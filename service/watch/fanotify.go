@@ -35,7 +35,8 @@ type Watcher struct {
 	told    []*Tree            // with changes to tell
 	scratch [2][]*Tree
 
-	readErr time.Duration // pause after an error of a read
+	readErr time.Duration      // pause after an error of a read
+	leftOut func(pid int) bool // guarded by mu
 }
 
 // volume is a file system that is marked.
@@ -61,6 +62,20 @@ type Tree struct {
 
 	calling sync.Mutex // held while f runs
 	closed  bool       // guarded by calling
+}
+
+// calm is how long the Watcher waits at first after it has read nothing but changes of who is left out, and maxCalm at most, when it has done so
+// several times: they are many, and to be woken for each costs more than to look at it.
+const (
+	calm    = time.Millisecond
+	maxCalm = 4 * time.Millisecond
+)
+
+// LeaveOut has changes by processes for which f is true not told. f is called with a lock held that Add and Close take.
+func (w *Watcher) LeaveOut(f func(pid int) bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.leftOut = f
 }
 
 // New makes a Watcher. Its error tells people why fanotify can't be used here. A nil log is none.
@@ -307,6 +322,7 @@ func (w *Watcher) remove(t *Tree) {
 func (w *Watcher) run() {
 	defer close(w.done)
 	buf, b := make([]byte, readSize), newBatch()
+	var calmed time.Duration
 	for {
 		n, err := w.file.Read(buf)
 		if errors.Is(err, os.ErrClosed) {
@@ -318,8 +334,15 @@ func (w *Watcher) run() {
 			b.fill(nil)
 		}
 		w.mu.Lock()
+		others := err != nil
 		for i := range b.events {
-			w.take(&b.events[i])
+			e := &b.events[i]
+			// Where directories are must be known whoever moves them.
+			if w.leftOut != nil && !e.overflow && e.op&(IsDir|Rename) != IsDir|Rename && w.leftOut(int(e.pid)) {
+				continue
+			}
+			others = true
+			w.take(e)
 		}
 		if err != nil {
 			w.log.Error("changes of the host's files were lost", "err", err)
@@ -331,10 +354,20 @@ func (w *Watcher) run() {
 		for _, t := range told {
 			t.tell()
 		}
-		if err != nil {
+		pause := time.Duration(0)
+		switch {
+		case err != nil:
+			pause = w.readErr
+		case !others:
+			pause = min(max(2*calmed, calm), maxCalm)
+			calmed = pause
+		default:
+			calmed = 0
+		}
+		if pause > 0 {
 			select {
 			case <-w.end:
-			case <-time.After(w.readErr):
+			case <-time.After(pause):
 			}
 		}
 	}
