@@ -4,6 +4,8 @@ package passthrough
 
 import (
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -16,7 +18,7 @@ import (
 type Actor interface {
 	// Thread is the id of the thread that makes the calls, as requests have it.
 	Thread() uint32
-	// Act has one call made, and returns its errno when it is done.
+	// Act has one call made, and returns its errno when it is done; EPIPE when it will never be known to be.
 	Act(Act) fuse.Errno
 }
 
@@ -55,15 +57,102 @@ func (fs *FS) Act(a Actor) {
 	}
 }
 
-// acting is a call under way: which requests of its thread are part of it. What else that thread asks is served as any other's.
+// acting is a call under way: which requests of its thread are part of it. Others of that thread that would change something are
+// refused: the guest's names may be others than we think, and the call must not be made for real.
 type acting struct {
 	thread      uint32
 	op          ActOp
 	dir, newDir uint64 // nodes
 	name        string
 	newName     string
-	node        uint64 // of the file; 0: the guest does not know it
+	node        uint64 // of the file; 0: the guest does not know it, or it is gone
 	isDir       bool
+	exchange    bool // what is under the new name goes to the old one
+
+	looked, newLooked atomic.Bool // the guest has asked what the names are, and so has what it was told
+}
+
+// overdue are calls of which nobody knows any more whether they were made: their channel has ended. They may still come, and are
+// refused then. A thread's id may be another's by that time, so what it asks has to be what the call would.
+type overdue struct {
+	n     atomic.Int32
+	mu    sync.Mutex
+	calls []*acting
+}
+
+// maxOverdue is how many are known. Each has cost the guest an event channel.
+const maxOverdue = 256
+
+func (o *overdue) add(x *acting) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.calls) == maxOverdue {
+		o.calls = o.calls[1:]
+	}
+	o.calls = append(o.calls, x)
+	o.n.Store(int32(len(o.calls)))
+}
+
+// has tells whether r is of an overdue call.
+func (o *overdue) has(r *request) bool {
+	if o.n.Load() == 0 {
+		return false
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, x := range o.calls {
+		if x.thread == r.hdr.PID && x.asks(r) {
+			return true
+		}
+	}
+	return false
+}
+
+// asks tells whether r is what the call comes to.
+func (x *acting) asks(r *request) bool {
+	body := r.body
+	defer func() { r.body = body }()
+	switch op := r.hdr.Opcode; op {
+	case fuse.OpMknod:
+		return x.op == ActMknod && decode(r, &fuse.MknodIn{}) && x.at(r)
+	case fuse.OpMkdir:
+		return x.op == ActMkdir && decode(r, &fuse.MkdirIn{}) && x.at(r)
+	case fuse.OpSymlink:
+		return x.op == ActSymlink && x.at(r)
+	case fuse.OpUnlink:
+		return x.op == ActUnlink && x.at(r)
+	case fuse.OpRmdir:
+		return x.op == ActRmdir && x.at(r)
+	case fuse.OpRename, fuse.OpRename2:
+		var in fuse.Rename2In
+		if op == fuse.OpRename {
+			var old fuse.RenameIn
+			if !decode(r, &old) {
+				return false
+			}
+			in.Newdir = old.Newdir
+		} else if !decode(r, &in) {
+			return false
+		}
+		if x.op != ActRename || in.Newdir != x.newDir || !x.at(r) {
+			return false
+		}
+		c, e := r.name()
+		return e == 0 && c.is(x.newName)
+	case fuse.OpSetattr:
+		var in fuse.SetattrIn
+		return decode(r, &in) && (x.op == ActTruncate && in.Valid&fuse.FATTR_SIZE != 0 && in.Size == 0 || x.op == ActChmod && in.Valid&fuse.FATTR_MODE != 0) &&
+			in.Valid&(fuse.FATTR_UID|fuse.FATTR_GID) == 0
+	case fuse.OpOpen:
+		return x.op == ActCloseWrite
+	}
+	return false
+}
+
+// at takes a name from the body, and tells whether it is the call's.
+func (x *acting) at(r *request) bool {
+	c, e := r.name()
+	return e == 0 && r.hdr.NodeID == x.dir && c.is(x.name)
 }
 
 // act has a change acted. False: the guest's kernel has not seen it all.
@@ -107,7 +196,7 @@ func creates(k *change) ActOp {
 }
 
 func (fs *FS) actOne(a Actor, op ActOp, k *change) bool {
-	x := &acting{thread: a.Thread(), op: op, dir: k.dir, name: k.name, newDir: k.newDir, newName: k.newName, node: k.node, isDir: k.op&watch.IsDir != 0}
+	x := &acting{thread: a.Thread(), op: op, dir: k.dir, name: k.name, newDir: k.newDir, newName: k.newName, node: k.node, isDir: k.op&watch.IsDir != 0, exchange: k.exchange}
 	act := Act{Op: op, Mode: k.mode}
 	var ok, newOK bool
 	fs.mu.Lock()
@@ -122,6 +211,9 @@ func (fs *FS) actOne(a Actor, op ActOp, k *change) bool {
 	}
 	fs.acting.Store(x)
 	e := a.Act(act)
+	if e == unix.EPIPE {
+		fs.overdue.add(x) // before it is not acting any more
+	}
 	fs.acting.Store(nil)
 	return e == 0
 }
@@ -151,86 +243,88 @@ func (fs *FS) pathOf(dir uint64, name string, node uint64) (string, bool) {
 	return "", false
 }
 
-// serve answers a request that belongs to the call under way. False: it does not.
+// serve answers a request of the call's thread. False: it is not for us.
+//
+// What a name that goes or moves leads to is asked by the kernel only if it does not believe to know it. But what it knows may be of before
+// or of later, and then another file would go; a directory that went so can't be used any more, although it is there. So a call is
+// not done before the kernel has asked: after ESTALE it asks, and holds the names until the call is done.
 func (x *acting) serve(r *request) (fuse.Errno, bool) {
-	fs, body := r.fs, r.body
+	if r.hdr.Opcode == fuse.OpLookup {
+		return x.lookup(r)
+	}
+	if !x.asks(r) {
+		var in fuse.OpenIn
+		body := r.body
+		opens := r.hdr.Opcode == fuse.OpOpen && decode(r, &in) && in.Flags&(unix.O_ACCMODE|unix.O_TRUNC) != 0
+		r.body = body
+		if opens || ops[r.hdr.Opcode].writes {
+			return unix.ESTALE, true
+		}
+		return 0, false
+	}
+	fs := r.fs
+	switch x.op {
+	case ActMknod, ActMkdir, ActSymlink:
+		parent, dir, e := r.dir(x.dir)
+		if e == 0 {
+			var b nameBuf
+			e = r.entry(parent, dir, b.set(x.name))
+		}
+		return e, true
+	case ActUnlink, ActRmdir:
+		if !x.looked.Load() {
+			return unix.ESTALE, true
+		}
+		return 0, true
+	case ActRename:
+		if !x.looked.Load() || !x.newLooked.Load() {
+			return unix.ESTALE, true
+		}
+		fs.renamed(&change{node: x.node, newDir: x.newDir, newName: x.newName})
+		return 0, true
+	case ActCloseWrite:
+		fs.actedOpen.Store(true)
+		return reply(r, &fuse.OpenOut{Fh: actedFh, OpenFlags: fuse.FOPEN_KEEP_CACHE}), true
+	}
+	n, e := r.self()
+	var st unix.Statx_t
+	if e == 0 {
+		e = fs.stat(n, &st)
+	}
+	if e == 0 {
+		e = r.attrReply(n, &st)
+	}
+	return e, true
+}
+
+// lookup answers a LOOKUP of the call's names.
+func (x *acting) lookup(r *request) (fuse.Errno, bool) {
+	body := r.body
 	defer func() { r.body = body }()
-	at := func(dir uint64, name string, c cname) bool { return r.hdr.NodeID == dir && c.is(name) }
-	switch op := r.hdr.Opcode; op {
-	case fuse.OpLookup:
-		c, e := r.name()
-		switch {
-		case e != 0:
-		case x.op == ActRename && at(x.newDir, x.newName, c):
-			return unix.ENOENT, true
-		case !at(x.dir, x.name, c):
-		case x.op == ActRename || x.op == ActUnlink || x.op == ActRmdir:
-			return x.gone(r), true
-		case x.op == ActMknod || x.op == ActMkdir || x.op == ActSymlink:
+	c, e := r.name()
+	switch {
+	case e != 0:
+	case x.op == ActRename && r.hdr.NodeID == x.newDir && c.is(x.newName):
+		x.newLooked.Store(true)
+		if x.isDir || x.exchange {
 			return unix.ENOENT, true
 		}
-	case fuse.OpMknod, fuse.OpMkdir, fuse.OpSymlink:
-		if op == fuse.OpMknod && x.op != ActMknod || op == fuse.OpMkdir && x.op != ActMkdir || op == fuse.OpSymlink && x.op != ActSymlink {
-			break
+		if n, st := x.victim(r, x.newDir, c); n != nil && n.id != x.node {
+			return x.answer(r, n, st), true // who watches the file that is replaced hears that it goes
 		}
-		switch op {
-		case fuse.OpMknod:
-			decode(r, &fuse.MknodIn{})
-		case fuse.OpMkdir:
-			decode(r, &fuse.MkdirIn{})
+		return unix.ENOENT, true
+	case r.hdr.NodeID != x.dir || !c.is(x.name):
+	case x.op == ActUnlink || x.op == ActRmdir:
+		x.looked.Store(true)
+		if n, st := x.victim(r, x.dir, c); n != nil {
+			return x.answer(r, n, st), true
 		}
-		if c, e := r.name(); e == 0 && at(x.dir, x.name, c) {
-			parent, dir, e := r.dir(x.dir)
-			if e == 0 {
-				e = r.entry(parent, dir, c)
-			}
-			return e, true
-		}
-	case fuse.OpUnlink, fuse.OpRmdir:
-		if op == fuse.OpUnlink && x.op != ActUnlink || op == fuse.OpRmdir && x.op != ActRmdir {
-			break
-		}
-		if c, e := r.name(); e == 0 && at(x.dir, x.name, c) {
-			return 0, true
-		}
-	case fuse.OpRename, fuse.OpRename2:
-		if x.op != ActRename {
-			break
-		}
-		var newdir uint64
-		if op == fuse.OpRename {
-			var in fuse.RenameIn
-			decode(r, &in)
-			newdir = in.Newdir
-		} else {
-			var in fuse.Rename2In
-			decode(r, &in)
-			newdir = in.Newdir
-		}
-		c, e := r.name()
-		d, e2 := r.name()
-		if e == 0 && e2 == 0 && at(x.dir, x.name, c) && newdir == x.newDir && d.is(x.newName) {
-			fs.renamed(&change{node: x.node, newDir: x.newDir, newName: x.newName})
-			return 0, true
-		}
-	case fuse.OpSetattr:
-		var in fuse.SetattrIn
-		if decode(r, &in) && (x.op == ActTruncate && in.Valid&fuse.FATTR_SIZE != 0 || x.op == ActChmod && in.Valid&fuse.FATTR_MODE != 0) && in.Valid&(fuse.FATTR_UID|fuse.FATTR_GID) == 0 {
-			n, e := r.self()
-			var st unix.Statx_t
-			if e == 0 {
-				e = fs.stat(n, &st)
-			}
-			if e == 0 {
-				e = r.attrReply(n, &st)
-			}
-			return e, true
-		}
-	case fuse.OpOpen:
-		if x.op == ActCloseWrite {
-			fs.actedOpen.Store(true)
-			return reply(r, &fuse.OpenOut{Fh: actedFh, OpenFlags: fuse.FOPEN_KEEP_CACHE}), true
-		}
+		return x.unknown(r), true
+	case x.op == ActRename:
+		x.looked.Store(true)
+		return x.moved(r), true
+	case x.op == ActMknod || x.op == ActMkdir || x.op == ActSymlink:
+		return unix.ENOENT, true
 	}
 	return 0, false
 }
@@ -238,32 +332,85 @@ func (x *acting) serve(r *request) (fuse.Errno, bool) {
 // actedFh is the handle of a file that was opened to be closed. No other has it. What closes it carries no thread.
 const actedFh = 1<<64 - 1
 
-// gone answers the LOOKUP of a name that is about to go: with what it was, for no time.
-func (x *acting) gone(r *request) fuse.Errno {
+// victim finds the node that has lost a name, and what it is: the one that the change told, or else the last that was seen under the
+// name and is not there now. It is pinned. nil: the guest does not know one.
+func (x *acting) victim(r *request, dirID uint64, name cname) (*node, *unix.Statx_t) {
 	fs := r.fs
+	told := uint64(0)
+	if x.op != ActRename {
+		told = x.node
+	}
+	var now, st unix.Statx_t
+	parent, dir, e := r.dir(dirID)
+	if e != 0 {
+		return nil, nil
+	}
+	there := statxAt(dir, name, &now) == 0
 	fs.mu.Lock()
-	n := fs.nodes[x.node]
+	n := fs.nodes[told]
 	if n == nil {
-		// The guest does not know it. It gets a node that is of no use.
-		if !take(&fs.limits.nodes, fs.limits.Nodes) {
-			fs.unlock()
-			return unix.ENFILE
+		for n = fs.places[place{parent, name.String()}]; n != nil && (there && n.is(&now) || (n.typ == unix.S_IFDIR) != x.isDir); {
+			n = n.before
 		}
-		fs.lastID++
-		typ := uint32(unix.S_IFREG)
-		if x.isDir {
-			typ = unix.S_IFDIR
-		}
-		n = &node{fs: fs, id: fs.lastID, typ: typ, ino: fs.lastID | 1<<63, fd: -1, removed: true, last: &unix.Statx_t{Mode: uint16(typ | 0o600)}}
-		fs.nodes[n.id] = n
 	}
-	n.nlookup++
-	fs.unlock()
+	if n == nil {
+		fs.mu.Unlock()
+		return nil, nil
+	}
+	n.pins++
+	r.pinned[r.npinned] = n
+	r.npinned++
+	fs.mu.Unlock()
+	if e := fs.stat(n, &st); e == 0 {
+		st.Nlink++ // the kernel takes one away
+	} else if told != 0 {
+		return nil, nil // it has other names, or is in use; we can't tell what it is
+	} else {
+		st = unix.Statx_t{Mode: uint16(n.typ | 0o600), Nlink: 1}
+	}
+	return n, &st
+}
+
+// moved answers the LOOKUP of a name that is about to become another.
+func (x *acting) moved(r *request) fuse.Errno {
+	fs := r.fs
+	n, e := r.node(x.node)
+	if e != 0 {
+		return x.unknown(r)
+	}
+	fs.renamed(&change{node: x.node, newDir: x.newDir, newName: x.newName}) // where it is found now
 	var st unix.Statx_t
-	if fs.stat(n, &st) != 0 {
-		st = unix.Statx_t{Mode: uint16(n.typ | 0o600)}
+	if e := fs.stat(n, &st); e != 0 {
+		return unix.ENOENT // it is elsewhere by now
 	}
+	return x.answer(r, n, &st)
+}
+
+// answer tells what n is, for no time.
+func (x *acting) answer(r *request, n *node, st *unix.Statx_t) fuse.Errno {
+	r.fs.mu.Lock()
+	n.nlookup++
+	r.fs.mu.Unlock()
 	out := fuse.EntryOut{NodeID: n.id}
-	fs.setAttr(&out.Attr, n.ino, &st)
+	r.fs.setAttr(&out.Attr, n.ino, st)
 	return reply(r, &out)
+}
+
+// unknown answers the LOOKUP of a name that the guest does not know, with a node that is of no use.
+func (x *acting) unknown(r *request) fuse.Errno {
+	fs := r.fs
+	if !take(&fs.limits.nodes, fs.limits.Nodes) {
+		return unix.ENFILE
+	}
+	typ := uint32(unix.S_IFREG)
+	if x.isDir {
+		typ = unix.S_IFDIR
+	}
+	st := unix.Statx_t{Mode: uint16(typ | 0o600), Nlink: 1}
+	fs.mu.Lock()
+	fs.lastID++
+	n := &node{fs: fs, id: fs.lastID, typ: typ, ino: fs.lastID | 1<<63, fd: -1, removed: true, last: &st}
+	fs.nodes[n.id] = n
+	fs.mu.Unlock()
+	return x.answer(r, n, &st)
 }

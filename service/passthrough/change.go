@@ -64,6 +64,7 @@ type change struct {
 	node          uint64
 	mode          uint32
 	name, newName string
+	exchange      bool // the rename is half of an exchange of two names
 }
 
 // Watched says whether changes on the host come by Changed. Where they do the guest may cache for long.
@@ -309,6 +310,7 @@ func (fs *FS) tellSome(batch []change, n *notifier, a Actor) {
 	}
 	for i := range batch {
 		k := &batch[i]
+		k.exchange = i+1 < len(batch) && k.undoneBy(&batch[i+1]) || i > 0 && k.undoneBy(&batch[i-1])
 		if !fs.act(a, k) {
 			n.entry(k.dir, k.name)
 			if k.op&watch.Rename != 0 {
@@ -318,6 +320,11 @@ func (fs *FS) tellSome(batch []change, n *notifier, a Actor) {
 		}
 	}
 	n.flush(fs)
+}
+
+// undoneBy tells whether o is a rename the other way round.
+func (k *change) undoneBy(o *change) bool {
+	return k.op&watch.Rename != 0 && o.op&watch.Rename != 0 && k.dir == o.newDir && k.newDir == o.dir && k.name == o.newName && k.newName == o.name
 }
 
 // isUnder tells whether a node was last seen under that name.

@@ -71,7 +71,8 @@ type FS struct {
 	second    second
 	caching   caching
 	acting    atomic.Pointer[acting] // the call that an Actor makes
-	actedOpen atomic.Bool            // a file has been opened with actedFh
+	overdue   overdue
+	actedOpen atomic.Bool // a file has been opened with actedFh
 
 	session  atomic.Pointer[session] // nil before INIT
 	requests atomic.Uint64
@@ -84,6 +85,7 @@ type FS struct {
 	mu      sync.Mutex
 	nodes   map[uint64]*node
 	keys    map[key]*node
+	places  map[place]*node // who was seen there last
 	lastID  uint64
 	handles map[uint64]*handle
 	lastFh  uint64
@@ -96,7 +98,7 @@ type FS struct {
 
 // New makes a file system of c.
 func New(c Config) (*FS, error) {
-	fs := &FS{c: c, limits: c.Limits, log: c.Log, mountFD: -1, nodes: map[uint64]*node{}, keys: map[key]*node{}, handles: map[uint64]*handle{}, lastID: 1}
+	fs := &FS{c: c, limits: c.Limits, log: c.Log, mountFD: -1, nodes: map[uint64]*node{}, keys: map[key]*node{}, places: map[place]*node{}, handles: map[uint64]*handle{}, lastID: 1}
 	if err := fs.open(); err != nil {
 		c.Root.Close()
 		if fs.ownProc {
@@ -170,6 +172,7 @@ func (fs *FS) Close() error {
 	clear(fs.handles)
 	clear(fs.nodes)
 	clear(fs.keys)
+	clear(fs.places)
 	fs.mu.Unlock()
 	if fs.mountFD >= 0 {
 		unix.Close(fs.mountFD)

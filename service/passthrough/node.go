@@ -53,8 +53,15 @@ type node struct {
 	removed bool          // by the guest, with a descriptor kept for it, or last
 	last    *unix.Statx_t // what it was when it was removed, if nothing else of it is left
 	used    bool          // in FS.lru
+	before  *node         // that had its place, FS.places, before it
 
 	next, prev *node
+}
+
+// place is where a node was last seen.
+type place struct {
+	parent *node
+	name   string
 }
 
 // is tells whether st describes n.
@@ -66,10 +73,12 @@ func (n *node) is(st *unix.Statx_t) bool {
 // what has none. The guest gets one reference more.
 func (fs *FS) enter(parent *node, name cname, st *unix.Statx_t) (*node, fuse.Errno) {
 	k, btime, typ := keyOf(st), btimeOf(st), uint32(st.Mode)&unix.S_IFMT
+	newer := false
 	fs.mu.Lock()
 	n := fs.keys[k]
 	if n != nil && (n.btime != btime || n.typ != typ) {
 		// The host has given the number to another inode. Who still holds the old one gets ESTALE.
+		newer = n.btime > btime // it is us who are late, with what was there before
 		n = nil
 	}
 	if n == nil {
@@ -79,7 +88,10 @@ func (fs *FS) enter(parent *node, name cname, st *unix.Statx_t) (*node, fuse.Err
 		}
 		fs.lastID++
 		n = &node{fs: fs, id: fs.lastID, key: k, btime: btime, typ: typ, ino: fs.guestIno(k), fd: -1}
-		fs.nodes[n.id], fs.keys[k] = n, n
+		fs.nodes[n.id] = n
+		if !newer {
+			fs.keys[k] = n // what changes is told of this one
+		}
 	}
 	if n != fs.root {
 		n.nlookup++
@@ -94,15 +106,37 @@ func (fs *FS) enter(parent *node, name cname, st *unix.Statx_t) (*node, fuse.Err
 // move says where n is found; parent nil: nowhere. It needs FS.mu, and FS.unlock after it.
 func (fs *FS) move(n, parent *node, name string) {
 	old := n.parent
+	fs.unplace(n)
 	n.parent, n.name = parent, name
 	if parent != nil {
 		parent.kids++
 		n.removed = false
+		p := place{parent, name}
+		n.before, fs.places[p] = fs.places[p], n
 	}
 	if old != nil {
 		old.kids--
 		fs.unref(old)
 	}
+}
+
+// unplace takes n out of FS.places. It needs FS.mu.
+func (fs *FS) unplace(n *node) {
+	if n.parent == nil {
+		return
+	}
+	p := place{n.parent, n.name}
+	if o := fs.places[p]; o != n {
+		for o.before != n {
+			o = o.before
+		}
+		o.before = n.before
+	} else if n.before != nil {
+		fs.places[p] = n.before
+	} else {
+		delete(fs.places, p)
+	}
+	n.before = nil
 }
 
 // forget takes references from the guest's. More than it has are all.
@@ -131,6 +165,7 @@ func (fs *FS) unref(n *node) {
 			n.fd = -1
 			fs.lruRemove(n)
 		}
+		fs.unplace(n)
 		parent := n.parent
 		n.parent = nil
 		if parent != nil {

@@ -310,8 +310,6 @@ func (s *stream) run(r *request, op *op) fuse.Errno {
 		return unix.ENOSYS
 	case r.fs.session.Load() == nil && r.hdr.Opcode != fuse.OpInit:
 		return unix.EPROTO
-	case op.writes && r.fs.c.ReadOnly:
-		return unix.EROFS
 	}
 	var ok bool
 	if r.body, r.group, r.hasGroup, ok = r.hdr.Groups(r.body); !ok {
@@ -321,6 +319,12 @@ func (s *stream) run(r *request, op *op) fuse.Errno {
 		if e, ok := x.serve(r); ok {
 			return e
 		}
+	}
+	switch {
+	case op.writes && r.fs.c.ReadOnly:
+		return unix.EROFS
+	case r.fs.overdue.has(r):
+		return unix.EIO
 	}
 	return op.serve(r)
 }
