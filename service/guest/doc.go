@@ -22,7 +22,7 @@
 // answer fail with EINTR when the daemon leaves in order; after a kill they wait until they are interrupted.
 //
 // Notify and event channels are dialled again when they are lost (version 2). A mount goes on without them: it misses what
-// the host would tell, and has its TTLs.
+// the host would tell, which tells the kernel to believe nothing once the channel is back.
 //
 // Not even a test may open a file of such a mount as an *os.File in the process that pumps: the file joins the runtime's
 // poller, whose lock the kernel holds while it sends POLL to that very process.

@@ -239,6 +239,12 @@ func (c *caching) close() {
 	}
 }
 
+func (c *caching) ending() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
+}
+
 // tell tells the guest what comes, until the mount ends.
 func (fs *FS) tell() {
 	c := &fs.caching
@@ -309,6 +315,9 @@ func (fs *FS) tellSome(batch []change, n *notifier, a Actor) {
 		return
 	}
 	for i := range batch {
+		if fs.caching.ending() {
+			return
+		}
 		k := &batch[i]
 		k.exchange = i+1 < len(batch) && k.undoneBy(&batch[i+1]) || i > 0 && k.undoneBy(&batch[i-1])
 		if !fs.act(a, k) {

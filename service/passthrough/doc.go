@@ -27,7 +27,11 @@
 //     or FIFO is never opened, whatever is put in its place. CREATE is exclusive; what exists already is opened like any other.
 //   - Directory offsets are the host's. A directory is read for as much as fits one reply, so nothing is kept between two.
 //   - O_DIRECT and O_APPEND are not passed on to the host's file; see keepFlags.
-//   - Names that do not exist are not cached by the guest.
+//   - What the guest may cache is a mode of the mount (CacheMode). In the mode coherent it is told of changes (Changed, Notify), and may
+//     cache for long what it would be told of; the rest for Config.TTL. See caching.
+//   - Directories are not opened (OPENDIR is ENOSYS), so that the guest's kernel caches their names; the descriptors to read them by are
+//     ours, for a moment. See shared.
+//   - For the guest's inotify it makes calls that change nothing, and whose requests are answered as they want it. See Actor and acting.
 //   - Requests are served in turns of reading; see stream. A 4 KiB read is two system calls (read, pread) and a write.
 //   - The guest's trusted.* are user.transfuse.trusted.* on the host, and so EPERM on a symbolic link; see trustedRule.
 //   - Locks are the host's; see lockTable. Owners are those of the guest's callers; see creds.
