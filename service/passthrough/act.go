@@ -360,8 +360,13 @@ func (x *acting) victim(r *request, dirID uint64, name cname) (*node, *unix.Stat
 	n.pins++
 	r.pinned[r.npinned] = n
 	r.npinned++
+	held := n.fd >= 0 || n.handle != nil
 	fs.mu.Unlock()
-	if e := fs.stat(n, &st); e == 0 {
+	e = fs.stat(n, &st)
+	if n.typ == unix.S_IFDIR && (!held || e == 0 && st.Nlink > 0) {
+		return nil, nil // perhaps it has only moved, and it would be dead in the guest
+	}
+	if e == 0 {
 		st.Nlink++ // the kernel takes one away
 	} else if told != 0 {
 		return nil, nil // it has other names, or is in use; we can't tell what it is
