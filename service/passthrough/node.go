@@ -154,7 +154,7 @@ func (fs *FS) forget(id, nlookup uint64) {
 
 // unref drops n if nothing refers to it, and then perhaps its parent. It needs FS.mu, and FS.unlock after it.
 func (fs *FS) unref(n *node) {
-	for n != nil && n.nlookup == 0 && n.pins == 0 && n.kids == 0 && n != fs.root {
+	for n != nil && n.nlookup == 0 && n.pins == 0 && n.kids == 0 && n != fs.root && fs.nodes[n.id] == n {
 		delete(fs.nodes, n.id)
 		if fs.keys[n.key] == n {
 			delete(fs.keys, n.key)
