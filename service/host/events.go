@@ -54,6 +54,11 @@ func (a *mountActor) Act(act passthrough.Act) fuse.Errno {
 	c := a.eventChannel
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	select {
+	case <-c.ended:
+		return unix.ENOTCONN // nothing was sent
+	default:
+	}
 	c.last++
 	c.conn.SetWriteDeadline(time.Now().Add(eventTime))
 	if wire.Write(c.conn, &wire.Event{Number: c.last, MountID: a.id, Action: actions[act.Op], Mode: act.Mode, Path: act.Path, NewPath: act.NewPath}) != nil {

@@ -155,19 +155,18 @@ func (x *acting) at(r *request) bool {
 	return e == 0 && r.hdr.NodeID == x.dir && c.is(x.name)
 }
 
-// act has a change acted. False: the guest's kernel has not seen it all.
-func (fs *FS) act(a Actor, k *change) bool {
+// act has a change acted. What the guest does not do it has been told of all the same.
+func (fs *FS) act(a Actor, k *change) {
 	typ := k.mode & unix.S_IFMT // 0: it is gone
-	done := true
-	if k.op&watch.Rename != 0 {
-		done = k.dir != 0 && k.newDir != 0 && fs.actOne(a, ActRename, k)
+	if k.op&watch.Rename != 0 && k.dir != 0 && k.newDir != 0 {
+		fs.actOne(a, ActRename, k)
 	}
-	if k.op&watch.Delete != 0 {
+	if k.op&watch.Delete != 0 && k.dir != 0 {
 		op := ActUnlink
 		if k.op&watch.IsDir != 0 {
 			op = ActRmdir
 		}
-		done = k.dir != 0 && fs.actOne(a, op, k) && done
+		fs.actOne(a, op, k)
 	}
 	// What was made and removed at once is gone, or was made again.
 	if k.op&watch.Create != 0 && k.dir != 0 && typ != 0 {
@@ -182,7 +181,6 @@ func (fs *FS) act(a Actor, k *change) bool {
 	if k.op&watch.CloseWrite != 0 && typ == unix.S_IFREG {
 		fs.actOne(a, ActCloseWrite, k)
 	}
-	return done
 }
 
 func creates(k *change) ActOp {
@@ -195,7 +193,7 @@ func creates(k *change) ActOp {
 	return ActMknod
 }
 
-func (fs *FS) actOne(a Actor, op ActOp, k *change) bool {
+func (fs *FS) actOne(a Actor, op ActOp, k *change) {
 	x := &acting{thread: a.Thread(), op: op, dir: k.dir, name: k.name, newDir: k.newDir, newName: k.newName, node: k.node, isDir: k.op&watch.IsDir != 0, exchange: k.exchange}
 	act := Act{Op: op, Mode: k.mode}
 	var ok, newOK bool
@@ -207,15 +205,13 @@ func (fs *FS) actOne(a Actor, op ActOp, k *change) bool {
 	}
 	fs.mu.Unlock()
 	if !ok {
-		return false
+		return
 	}
 	fs.acting.Store(x)
-	e := a.Act(act)
-	if e == unix.EPIPE {
+	if a.Act(act) == unix.EPIPE {
 		fs.overdue.add(x) // before it is not acting any more
 	}
 	fs.acting.Store(nil)
-	return e == 0
 }
 
 // pathOf is the guest's path of a name in a directory, or of a node. It needs FS.mu.

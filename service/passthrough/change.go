@@ -193,11 +193,11 @@ func (c *caching) add(k change) {
 
 // settled tells whether nothing about the same file has come after the i-th change, which is like k.
 func (c *caching) settled(i int, k change) bool {
-	for _, o := range c.queue[i+1:] {
-		if o.node == k.node && o.node != 0 || o.dir == k.dir && o.name == k.name || o.newDir == k.dir && o.newName == k.name {
+	for j := range c.queue[i+1:] {
+		if c.queue[i+1+j].about(&k) {
 			return false
 		}
-		if len(c.queue)-i > 64 {
+		if len(c.queue)-i > maxBatch {
 			return false
 		}
 	}
@@ -239,19 +239,15 @@ func (c *caching) close() {
 	}
 }
 
-func (c *caching) ending() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.closed
-}
-
-// tell tells the guest what comes, until the mount ends.
+// tell tells the guest what comes, until the mount ends: first what is not true any more, and then, if there is somebody to act, what
+// inotify is to show. To act takes longer, so that what has come meanwhile is told between two calls.
 func (fs *FS) tell() {
 	c := &fs.caching
 	defer close(c.done)
+	var acts []change
 	for {
 		c.mu.Lock()
-		for !c.closed && (len(c.queue) == 0 && !c.lost || c.notify == nil && c.actor == nil) {
+		for !c.closed && (len(c.queue) == 0 && !c.lost && len(acts) == 0 || c.notify == nil && c.actor == nil) {
 			c.wake.Wait()
 		}
 		if c.closed {
@@ -264,69 +260,68 @@ func (fs *FS) tell() {
 		c.mu.Unlock()
 		if lost {
 			fs.tellAll(n)
+			acts = nil
 			continue
 		}
-		for len(batch) > 0 {
-			k := min(len(batch), maxBatch)
-			fs.tellSome(batch[:k], n, a)
-			batch = batch[k:]
+		fs.tellSome(batch, n)
+		if a == nil {
+			acts = nil
+			continue
+		}
+		for i := range batch {
+			k := &batch[i]
+			k.exchange = i+1 < len(batch) && k.undoneBy(&batch[i+1]) || i > 0 && k.undoneBy(&batch[i-1])
+			acts = withAct(acts, k)
+		}
+		if len(acts) > maxQueue {
+			fs.log.Warn("inotify in the guest does not show everything: more changes on the host than the guest can act", "lost", len(acts))
+			acts = nil
+		}
+		if len(acts) > 0 {
+			fs.act(a, &acts[0])
+			acts = acts[1:]
 		}
 	}
 }
 
-// maxBatch is how many changes are told before any of them is acted.
+// withAct adds what is to be acted, unless the like of it waits already, and nothing about the same file has come since.
+func withAct(acts []change, k *change) []change {
+	if k.op&^(watch.Modify|watch.Attrib|watch.CloseWrite) == 0 {
+		for i := len(acts) - 1; i >= max(0, len(acts)-maxBatch); i-- {
+			if acts[i] == *k {
+				return acts
+			}
+			if acts[i].about(k) {
+				break
+			}
+		}
+	}
+	return append(acts, *k)
+}
+
+// about tells whether k may be about the same file as o.
+func (k *change) about(o *change) bool {
+	return k.node == o.node && k.node != 0 || k.dir == o.dir && k.name == o.name || k.newDir == o.dir && k.newName == o.name
+}
+
+// maxBatch is how many changes are told at once, and looked at for the like of another one.
 const maxBatch = 64
 
-// tellSome tells of changes: first what is not true any more, and then, if there is somebody to act them, what inotify is to show.
-// Names that are gone are not told where they are acted: the removal itself makes the kernel forget, and an inode that it has
-// forgotten has no watchers that could hear of it.
-func (fs *FS) tellSome(batch []change, n *notifier, a Actor) {
+// tellSome tells of changes what is not true any more.
+func (fs *FS) tellSome(batch []change, n *notifier) {
 	for i := range batch {
 		k := &batch[i]
-		if k.op&watch.Create != 0 {
+		if k.op&(watch.Create|watch.Delete|watch.Rename) != 0 {
 			n.inode(k.dir, true)
 			n.entry(k.dir, k.name)
-		}
-		if k.op&watch.Delete != 0 {
-			n.inode(k.dir, true)
-			n.inode(k.node, false)
-			if a == nil {
-				n.entry(k.dir, k.name)
-			}
 		}
 		if k.op&watch.Rename != 0 {
-			n.inode(k.dir, true)
 			n.inode(k.newDir, true)
-			n.inode(k.node, false)
-			if a == nil {
-				n.entry(k.dir, k.name)
-				n.entry(k.newDir, k.newName)
-				fs.renamed(k)
-			} else if fs.isUnder(k.node, k.newDir, k.newName) {
-				n.entry(k.newDir, k.newName) // the guest was faster, and has both names
-			}
+			n.entry(k.newDir, k.newName)
+			fs.renamed(k)
 		}
-		if k.op&(watch.Modify|watch.Attrib) != 0 {
-			n.inode(k.node, k.op&watch.Modify != 0)
-		}
-	}
-	n.flush(fs)
-	if a == nil {
-		return
-	}
-	for i := range batch {
-		if fs.caching.ending() {
-			return
-		}
-		k := &batch[i]
-		k.exchange = i+1 < len(batch) && k.undoneBy(&batch[i+1]) || i > 0 && k.undoneBy(&batch[i-1])
-		if !fs.act(a, k) {
-			n.entry(k.dir, k.name)
-			if k.op&watch.Rename != 0 {
-				n.entry(k.newDir, k.newName)
-				fs.renamed(k)
-			}
-		}
+		n.inode(k.node, k.op&watch.Modify != 0)
+		n.flushAt(fs, maxBatch)
 	}
 	n.flush(fs)
 }
@@ -334,14 +329,6 @@ func (fs *FS) tellSome(batch []change, n *notifier, a Actor) {
 // undoneBy tells whether o is a rename the other way round.
 func (k *change) undoneBy(o *change) bool {
 	return k.op&watch.Rename != 0 && o.op&watch.Rename != 0 && k.dir == o.newDir && k.newDir == o.dir && k.name == o.newName && k.newName == o.name
-}
-
-// isUnder tells whether a node was last seen under that name.
-func (fs *FS) isUnder(id, dir uint64, name string) bool {
-	fs.mu.Lock()
-	defer fs.mu.Unlock()
-	n := fs.nodes[id]
-	return n != nil && n.parent != nil && n.parent.id == dir && n.name == name
 }
 
 // renamed notes where a node is that the host has renamed.
