@@ -157,13 +157,16 @@ func TestAttributesAhead(t *testing.T) {
 }
 
 func TestFlushWithoutTheHost(t *testing.T) {
-	flushed := func(d *dialogue, node uint64) bool { _, ok := d.ask(fuse.OpFlush, node); return ok }
+	flushed := func(d *dialogue, node uint64) bool { _, ok := d.ask(fuse.OpFlush, node, []byte{1, 7: 0}...); return ok }
 	if flushed(newDialogue(false), 5) {
 		t.Error("answered here, without no_flush")
 	}
 	d := newDialogue(true)
 	if !flushed(d, 5) {
 		t.Error("not answered here")
+	}
+	if _, ok := d.ask(fuse.OpFlush, 5, make([]byte, 8)...); ok {
+		t.Error("answered here, for a file that was not opened: the kernel would ask each time")
 	}
 	d.done(fuse.OpSetlk, 5)
 	d.done(fuse.OpSetlkw, 6)

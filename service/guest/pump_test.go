@@ -134,7 +134,7 @@ func (s *tinyFS) answer(h fuse.InHeader, body []byte) []byte {
 	case fuse.OpGetattr:
 		return message(h.Unique, 0, fuse.Append(nil, &fuse.AttrOut{Attr: s.attr(h.NodeID)}))
 	case fuse.OpOpen, fuse.OpOpendir:
-		return message(h.Unique, 0, fuse.Append(nil, &fuse.OpenOut{}))
+		return message(h.Unique, 0, fuse.Append(nil, &fuse.OpenOut{Fh: 1}))
 	case fuse.OpRead:
 		var in fuse.ReadIn
 		fuse.Decode(&in, body)
