@@ -12,6 +12,8 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -118,10 +120,8 @@ func (h *helperServer) serveEvents2(a *actor, conn io.ReadWriteCloser) {
 			h.channelEnded("event", err)
 			return
 		}
+		// An error is ordinary: the host's files may be others by now.
 		err = h.act2(a, e)
-		if err != nil {
-			h.logf("Event %s %s error: %s", actionName(e.Action), e.Path, err)
-		}
 		if err := wire.Write(conn, &wire.EventDone{Number: e.Number, Errno: errnoFor(err)}); err != nil {
 			return
 		}
@@ -158,11 +158,11 @@ func (h *helperServer) act2(a *actor, e *wire.Event) error {
 func (m *helperMount) act(a *actor, action wire.Action, rel, newRel string, mode uint32) error {
 	m.point.mu.RLock()
 	defer m.point.mu.RUnlock()
-	root, err := m.actingRoot()
+	root, done, err := m.actingRoot()
 	if err != nil {
 		return err
 	}
-	defer unix.Close(root)
+	defer done()
 	switch action {
 	case wire.ActionTruncate, wire.ActionChmod, wire.ActionCloseWrite:
 		fd, err := beneath(root, rel, unix.O_PATH|unix.O_NOFOLLOW)
@@ -253,30 +253,94 @@ func parentOf(root int, rel string) (int, string, error) {
 	return fd, name, err
 }
 
+// actingClone is a detached clone of a mount, kept for as long as events follow each other: the kernel takes up to tens of milliseconds to
+// take one away (it waits for all CPUs), and the next event would wait for that.
+type actingClone struct {
+	mu       sync.Mutex
+	root     *os.File // nil: there is none
+	readOnly bool     // of the mount, when it was made
+	made     time.Time
+	users    int
+	idle     *time.Timer // takes it away
+}
+
+const (
+	cloneIdle = 20 * time.Millisecond // for how long a clone is kept that nobody uses
+	cloneAge  = time.Second           // for how long any: a mount that is gone must end
+)
+
 // actingRoot opens the root to act from: that of a detached clone of the mount, so that the mount itself is not busy meanwhile and can be
-// unmounted. inotify fires on the inode, which both have. A clone of a mount that is read-only is not so (the superblock is writable).
-func (m *helperMount) actingRoot() (int, error) {
+// unmounted. inotify fires on the inode, which both have. A clone of a mount that is read-only is not so (the superblock is writable). done
+// gives it back.
+func (m *helperMount) actingRoot() (root int, done func(), err error) {
+	c := &m.clone
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.root != nil && c.users == 0 && (c.readOnly != m.readOnly.Load() || time.Since(c.made) > cloneAge) {
+		go c.root.Close()
+		c.root = nil
+	}
+	if c.root == nil {
+		fd, cloned, err := m.newActingRoot()
+		if err != nil {
+			return -1, nil, err
+		}
+		if !cloned {
+			return fd, func() { unix.Close(fd) }, nil
+		}
+		c.root, c.readOnly, c.made = os.NewFile(uintptr(fd), "clone"), m.readOnly.Load(), time.Now()
+	}
+	c.users++
+	if c.idle != nil {
+		c.idle.Stop()
+	}
+	return int(c.root.Fd()), c.done, nil
+}
+
+func (c *actingClone) done() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.users--; c.users == 0 {
+		c.idle = time.AfterFunc(cloneIdle, c.close)
+	}
+}
+
+// close takes a clone away that nobody uses.
+func (c *actingClone) close() {
+	c.mu.Lock()
+	root := c.root
+	if root == nil || c.users > 0 {
+		c.mu.Unlock()
+		return
+	}
+	c.root = nil
+	c.mu.Unlock()
+	root.Close()
+}
+
+// newActingRoot opens a root to act from, and tells whether it is a clone's.
+func (m *helperMount) newActingRoot() (fd int, cloned bool, err error) {
 	root, err := m.point.root()
 	if err != nil {
-		return root, err
+		return -1, false, err
 	}
 	clone, err := unix.OpenTree(root, "", unix.AT_EMPTY_PATH|unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	readOnly := m.readOnly.Load()
 	if err != nil && !readOnly {
-		return root, nil // without privilege
+		return root, false, nil // without privilege
 	}
 	unix.Close(root)
 	if err != nil {
-		return -1, fmt.Errorf("act on a read-only mount: open_tree: %w", err)
+		return -1, false, fmt.Errorf("act on a read-only mount: open_tree: %w", err)
 	}
 	if !readOnly {
-		return clone, nil
+		return clone, true, nil
 	}
 	if err := unix.MountSetattr(clone, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}); err != nil {
 		unix.Close(clone)
-		return -1, fmt.Errorf("act on a read-only mount: mount_setattr: %w", err)
+		return -1, false, fmt.Errorf("act on a read-only mount: mount_setattr: %w", err)
 	}
-	return clone, nil
+	return clone, true, nil
 }
 
 func actionName(a wire.Action) string {

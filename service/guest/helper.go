@@ -97,6 +97,7 @@ type helperMount struct {
 	notify   io.Closer // the notify channel, when it is there; guarded by helperServer.mu
 	wireID   uint32
 	readOnly atomic.Bool
+	clone    actingClone
 }
 
 // Helper is the main of the helper process. It returns when the daemon has ended; a daemon that was killed leaves its
