@@ -21,8 +21,8 @@ import (
 )
 
 // actor is the one OS thread of an event channel. The host knows it by its id, and answers what it asks
-// as the event in progress wants: so it makes the call of each event and no other on a file system. Paths are
-// resolved elsewhere.
+// as the event in progress wants: so it makes the call of each event and no other on a file system, and looks for the file of
+// those that are about one. The directories of paths are resolved elsewhere.
 type actor struct {
 	tid  int
 	work chan func()
@@ -163,20 +163,28 @@ func (m *helperMount) act(a *actor, action wire.Action, rel, newRel string, mode
 		return err
 	}
 	defer done()
-	switch action {
-	case wire.ActionTruncate, wire.ActionChmod, wire.ActionCloseWrite:
-		fd, err := beneath(root, rel, unix.O_PATH|unix.O_NOFOLLOW)
-		if err != nil {
-			return err
-		}
-		defer unix.Close(fd)
-		return actOn(a, action, fd, mode)
+	of := action == wire.ActionTruncate || action == wire.ActionChmod || action == wire.ActionCloseWrite
+	if of && rel == "" {
+		return actOn(a, action, root, mode)
 	}
 	parent, name, err := parentOf(root, rel)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(parent)
+	if of {
+		fd := -1
+		// By this thread, so that the host can name what has this name no more.
+		err := a.do(func() (err error) {
+			fd, err = beneath(parent, name, unix.O_PATH|unix.O_NOFOLLOW)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return actOn(a, action, fd, mode)
+	}
 	switch action {
 	case wire.ActionRmdir:
 		return a.do(func() error { return unix.Unlinkat(parent, name, unix.AT_REMOVEDIR) })

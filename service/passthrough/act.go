@@ -66,6 +66,8 @@ type acting struct {
 	name        string
 	newName     string
 	node        uint64 // of the file; 0: the guest does not know it, or it is gone
+	typ         uint32 // of the file, S_IFMT bits
+	gone        bool   // it has no name any more
 	isDir       bool
 	exchange    bool // what is under the new name goes to the old one
 
@@ -156,31 +158,63 @@ func (x *acting) at(r *request) bool {
 }
 
 // act has a change acted. What the guest does not do it has been told of all the same.
-func (fs *FS) act(a Actor, k *change) {
+func (fs *FS) act(a Actor, n *notifier, k *change) {
 	typ := k.mode & unix.S_IFMT // 0: it is gone
 	if k.op&watch.Rename != 0 && k.dir != 0 && k.newDir != 0 {
-		fs.actOne(a, ActRename, k)
+		fs.actOne(a, n, ActRename, k)
 	}
-	if k.op&watch.Delete != 0 && k.dir != 0 {
-		op := ActUnlink
-		if k.op&watch.IsDir != 0 {
-			op = ActRmdir
-		}
-		fs.actOne(a, op, k)
+	remove := k.op&watch.Delete != 0 && k.dir != 0
+	first := remove && (k.op&watch.Create == 0 || fs.isThere(k.dir, k.name)) // and then it was made again, if it was
+	if first {
+		fs.actRemove(a, n, k)
 	}
-	// What was made and removed at once is gone, or was made again.
-	if k.op&watch.Create != 0 && k.dir != 0 && typ != 0 {
-		fs.actOne(a, creates(k), k)
+	if k.op&watch.Create != 0 && k.dir != 0 {
+		fs.actOne(a, n, creates(k), k)
 	}
-	if k.op&watch.Modify != 0 && typ == unix.S_IFREG {
-		fs.actOne(a, ActTruncate, k)
+	isFile := typ == unix.S_IFREG || typ == 0 && k.dir != 0 && k.op&watch.IsDir == 0
+	if k.op&watch.Modify != 0 && isFile {
+		fs.actOne(a, n, ActTruncate, k)
 	}
-	if k.op&watch.Attrib != 0 && (typ == unix.S_IFREG || typ == unix.S_IFDIR) {
-		fs.actOne(a, ActChmod, k)
+	if k.op&watch.Attrib != 0 && (isFile || typ == unix.S_IFDIR) {
+		fs.actOne(a, n, ActChmod, k)
 	}
-	if k.op&watch.CloseWrite != 0 && typ == unix.S_IFREG {
-		fs.actOne(a, ActCloseWrite, k)
+	if k.op&watch.CloseWrite != 0 && isFile {
+		fs.actOne(a, n, ActCloseWrite, k)
 	}
+	if remove && !first {
+		fs.actRemove(a, n, k)
+	}
+}
+
+// isThere tells whether the host has a name.
+func (fs *FS) isThere(dir uint64, name string) bool {
+	fs.mu.Lock()
+	n := fs.nodes[dir]
+	if n == nil {
+		fs.mu.Unlock()
+		return false
+	}
+	n.pins++
+	fs.mu.Unlock()
+	fd, e := n.path()
+	if e == 0 {
+		var b nameBuf
+		var st unix.Statx_t
+		e = statxAt(fd, b.set(name), &st)
+	}
+	fs.mu.Lock()
+	n.pins--
+	fs.unref(n)
+	fs.unlock()
+	return e == 0
+}
+
+func (fs *FS) actRemove(a Actor, n *notifier, k *change) {
+	op := ActUnlink
+	if k.op&watch.IsDir != 0 {
+		op = ActRmdir
+	}
+	fs.actOne(a, n, op, k)
 }
 
 func creates(k *change) ActOp {
@@ -189,12 +223,15 @@ func creates(k *change) ActOp {
 		return ActMkdir
 	case unix.S_IFLNK:
 		return ActSymlink
+	case 0:
+		if k.op&watch.IsDir != 0 {
+			return ActMkdir
+		}
 	}
 	return ActMknod
 }
 
-func (fs *FS) actOne(a Actor, op ActOp, k *change) {
-	x := &acting{thread: a.Thread(), op: op, dir: k.dir, name: k.name, newDir: k.newDir, newName: k.newName, node: k.node, isDir: k.op&watch.IsDir != 0, exchange: k.exchange}
+func (fs *FS) actOne(a Actor, n *notifier, op ActOp, k *change) {
 	act := Act{Op: op, Mode: k.mode}
 	var ok, newOK bool
 	fs.mu.Lock()
@@ -207,11 +244,29 @@ func (fs *FS) actOne(a Actor, op ActOp, k *change) {
 	if !ok {
 		return
 	}
-	fs.acting.Store(x)
-	if a.Act(act) == unix.EPIPE {
-		fs.overdue.add(x) // before it is not acting any more
+	for again := range 2 {
+		x := &acting{thread: a.Thread(), op: op, dir: k.dir, name: k.name, newDir: k.newDir, newName: k.newName, node: k.node,
+			isDir: k.op&watch.IsDir != 0, exchange: k.exchange, typ: k.mode & unix.S_IFMT, gone: k.mode == 0}
+		switch {
+		case x.typ != 0:
+		case x.isDir:
+			x.typ = unix.S_IFDIR
+		default:
+			x.typ = unix.S_IFREG
+		}
+		fs.acting.Store(x)
+		e := a.Act(act)
+		if e == unix.EPIPE {
+			fs.overdue.add(x) // before it is not acting any more
+		}
+		fs.acting.Store(nil)
+		if e != unix.ENOENT || again > 0 || n == nil || x.looked.Load() {
+			return
+		}
+		// Somebody in the guest has looked for the name meanwhile, and the kernel believes that there is none.
+		n.entry(k.dir, k.name)
+		n.flush(fs)
 	}
-	fs.acting.Store(nil)
 }
 
 // pathOf is the guest's path of a name in a directory, or of a node. It needs FS.mu.
@@ -262,11 +317,16 @@ func (x *acting) serve(r *request) (fuse.Errno, bool) {
 	switch x.op {
 	case ActMknod, ActMkdir, ActSymlink:
 		parent, dir, e := r.dir(x.dir)
-		if e == 0 {
-			var b nameBuf
-			e = r.entry(parent, dir, b.set(x.name))
+		if e != 0 {
+			return e, true
 		}
-		return e, true
+		var b nameBuf
+		var st unix.Statx_t
+		name := b.set(x.name)
+		if statxAt(dir, name, &st) == 0 && uint32(st.Mode)&unix.S_IFMT == x.typ {
+			return r.entryOf(parent, name, &st), true
+		}
+		return x.unknown(r), true // it is gone again, or another
 	case ActUnlink, ActRmdir:
 		if !x.looked.Load() {
 			return unix.ESTALE, true
@@ -321,6 +381,17 @@ func (x *acting) lookup(r *request) (fuse.Errno, bool) {
 		return x.moved(r), true
 	case x.op == ActMknod || x.op == ActMkdir || x.op == ActSymlink:
 		return unix.ENOENT, true
+	default: // what is done to a file that has no such name any more is shown by the name that it had
+		x.looked.Store(true)
+		parent, dir, e := r.dir(x.dir)
+		if e != 0 {
+			return e, true
+		}
+		var st unix.Statx_t
+		if statxAt(dir, c, &st) == 0 {
+			return r.entryOf(parent, c, &st), true
+		}
+		return x.unknown(r), true
 	}
 	return 0, false
 }
@@ -364,7 +435,7 @@ func (x *acting) victim(r *request, dirID uint64, name cname) (*node, *unix.Stat
 	}
 	if e == 0 {
 		st.Nlink++ // the kernel takes one away
-	} else if told != 0 {
+	} else if told != 0 && !x.gone {
 		return nil, nil // it has other names, or is in use; we can't tell what it is
 	} else {
 		st = unix.Statx_t{Mode: uint16(n.typ | 0o600), Nlink: 1}
@@ -403,10 +474,7 @@ func (x *acting) unknown(r *request) fuse.Errno {
 	if !take(&fs.limits.nodes, fs.limits.Nodes) {
 		return unix.ENFILE
 	}
-	typ := uint32(unix.S_IFREG)
-	if x.isDir {
-		typ = unix.S_IFDIR
-	}
+	typ := x.typ
 	st := unix.Statx_t{Mode: uint16(typ | 0o600), Nlink: 1}
 	fs.mu.Lock()
 	fs.lastID++

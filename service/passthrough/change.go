@@ -278,7 +278,7 @@ func (fs *FS) tell() {
 			acts = nil
 		}
 		if len(acts) > 0 {
-			fs.act(a, &acts[0])
+			fs.act(a, n, &acts[0])
 			acts = acts[1:]
 		}
 	}

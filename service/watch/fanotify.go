@@ -468,6 +468,9 @@ func (s *subject) look(v *view) {
 		v.err = os.NewSyscallError("statx", err)
 	} else {
 		s.inode, s.mode, s.nlink = inodeOf(&st), uint32(st.Mode), st.Nlink
+		if st.Nlink == 0 && s.e.op&Delete != 0 {
+			s.mode = 0 // somebody has it open
+		}
 	}
 }
 

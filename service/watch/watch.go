@@ -41,6 +41,6 @@ type Change struct {
 	NewDir  Inode // of a Rename
 	NewName string
 	Inode   Inode  // of the file; zero where it is gone
-	Mode    uint32 // st_mode; 0 where it is gone
+	Mode    uint32 // st_mode; 0 where it is gone, or was deleted and has no name any more
 	PID     int    // of the process that did it, in the pid namespace of who calls New; 0 if it has none there
 }
