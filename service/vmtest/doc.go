@@ -26,5 +26,5 @@
 //     namespace of its own, and die with the program that booted them. So nothing is left to unmount or to kill.
 //   - The guest's systemd itself tells that it is up, over vsock; Debian 12's can't yet, so a unit does. Nothing is slept for.
 //   - Its shell answers on vsock port 2222, one process a connection; there is no network and no SSH.
-//   - The disk is thrown away: a VM always starts from the image.
+//   - The disk is thrown away: a VM always starts from the image. One that restarts (Reboot) keeps it.
 package vmtest

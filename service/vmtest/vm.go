@@ -271,7 +271,7 @@ func (vm *VM) takeStates() {
 
 // waitReady waits until the guest is up.
 func (vm *VM) waitReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute) // a machine that does much else takes three
 	defer cancel()
 	qemu := vm.processes[len(vm.processes)-1]
 	vm.mu.Lock()
