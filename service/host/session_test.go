@@ -182,7 +182,7 @@ func TestGuestsLog(t *testing.T) {
 
 func TestDeadGuestIsNoticed(t *testing.T) {
 	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *Server) {
-		s.times.ping, s.times.silent, s.times.dead = 10*time.Millisecond, 50*time.Millisecond, 300*time.Millisecond
+		s.times.ping, s.times.silent, s.times.dead = 10*time.Millisecond, 50*time.Millisecond, time.Second // a worker starts meanwhile
 	})
 	g := newGuest(t, h.addr, 1).connect()
 	f, _ := g.mount("code")
