@@ -26,10 +26,9 @@ func (ss *session) watch(ctx context.Context, c *control) {
 		ask = func(uint32) error { return p.ping(ctx) }
 	}
 	warned := false
+	due := time.Since(ss.start) + ss.srv.times.ping
 	for id := uint32(1); pause(ctx, ss.srv.times.ping); id++ {
-		if err := ask(id); err != nil {
-			ss.log.Debug("ping failed", "error", err)
-		}
+		ss.forgive(due)
 		quiet := ss.quiet()
 		switch {
 		case quiet > ss.srv.times.dead:
@@ -40,6 +39,11 @@ func (ss *session) watch(ctx context.Context, c *control) {
 			warned = true
 		case quiet < ss.srv.times.silent:
 			warned = false
+		}
+		due = time.Since(ss.start) + ss.srv.times.ping
+		if err := ask(id); err != nil {
+			ss.log.Debug("ping failed", "error", err)
+			due = time.Since(ss.start) + ss.srv.times.ping // that took long by the guest's fault
 		}
 	}
 }

@@ -48,6 +48,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if dir := os.Getenv(stoppedEnv); dir != "" {
+		serveToBeStopped(dir)
+	}
 	os.Setenv("GORACE", "atexit_sleep_ms=0") // for the workers: each would take a second to end
 	os.Exit(m.Run())
 }

@@ -127,6 +127,15 @@ func (ss *session) heard(m *wire.Init) {
 // alive notes a sign of life.
 func (ss *session) alive() { ss.seen.Store(int64(time.Since(ss.start))) }
 
+// forgive takes back the silence of a time in which this process itself stood still (SIGSTOP, a debugger, a machine without a CPU to spare):
+// nobody was asked then. It is called when it was due, in time after start, or as much later as the process stood.
+func (ss *session) forgive(due time.Duration) {
+	late := time.Since(ss.start) - due
+	if seen := ss.seen.Load(); seen <= int64(due) { // else the guest was heard from just now
+		ss.seen.CompareAndSwap(seen, seen+int64(late))
+	}
+}
+
 // quiet is how long there was none.
 func (ss *session) quiet() time.Duration {
 	return time.Since(ss.start) - time.Duration(ss.seen.Load())
