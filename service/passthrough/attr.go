@@ -33,7 +33,7 @@ func (r *request) attrReply(n *node, st *unix.Statx_t) fuse.Errno {
 }
 
 func (r *request) attrOut(n *node, st *unix.Statx_t) (out fuse.AttrOut) {
-	_, life := r.fs.life(r, n, st)
+	_, life := r.fs.life(r, nil, n, st)
 	out.AttrValid, out.AttrValidNsec = seconds(life)
 	r.fs.setAttr(&out.Attr, n.ino, st)
 	return out
@@ -65,6 +65,9 @@ func opGetattr(r *request) fuse.Errno {
 	if e != 0 {
 		return e
 	}
+	if n.typ == unix.S_IFDIR {
+		r.watchDir(n, -1)
+	}
 	// A handle in the request is not needed: it keeps its node, and that its descriptor.
 	var st unix.Statx_t
 	if e := r.fs.stat(n, &st); e != 0 {
@@ -86,7 +89,7 @@ func opStatx(r *request) fuse.Errno {
 	if e := r.fs.stat(n, &st); e != 0 {
 		return e
 	}
-	_, life := r.fs.life(r, n, &st)
+	_, life := r.fs.life(r, nil, n, &st)
 	valid, validNsec := seconds(life)
 	sx := func(t unix.StatxTimestamp) fuse.SxTime { return fuse.SxTime{Sec: t.Sec, Nsec: t.Nsec} }
 	return reply(r, &fuse.StatxOut{
@@ -147,6 +150,7 @@ func opSetattr(r *request) fuse.Errno {
 		if in.Valid&fuse.FATTR_GID != 0 {
 			gid = in.GID
 		}
+		r.expectFile(watch.Attrib, n)
 		if e := r.chown(fd, uid, gid); e != 0 {
 			return e
 		}
@@ -156,6 +160,7 @@ func opSetattr(r *request) fuse.Errno {
 		if n.typ == unix.S_IFLNK {
 			return unix.EOPNOTSUPP
 		}
+		r.expectFile(watch.Attrib, n)
 		if e := r.fs.chmod(fd, n.typ, in.Mode); e != 0 {
 			return e
 		}
@@ -169,6 +174,11 @@ func opSetattr(r *request) fuse.Errno {
 		ts := [2]unix.Timespec{
 			timeOf(in.Valid&fuse.FATTR_ATIME != 0, in.Valid&fuse.FATTR_ATIME_NOW != 0, in.Atime, in.Atimensec),
 			timeOf(in.Valid&fuse.FATTR_MTIME != 0, in.Valid&fuse.FATTR_MTIME_NOW != 0, in.Mtime, in.Mtimensec),
+		}
+		if in.Valid&fuse.FATTR_ATIME != 0 {
+			r.expectFile(watch.Attrib, n)
+		} else {
+			r.expectFile(watch.Modify, n) // as the kernel tells it: a write would change the one time alone (fsnotify_change)
 		}
 		if e := utimensat(fd, emptyName, &ts, unix.AT_EMPTY_PATH); e != 0 {
 			return e
@@ -203,6 +213,7 @@ func (r *request) truncate(n *node, fd int, h *handle, size uint64) fuse.Errno {
 	if int64(size) < 0 {
 		return unix.EFBIG
 	}
+	r.expectFile(watch.Modify, n)
 	if h != nil && h.flags&unix.O_ACCMODE != unix.O_RDONLY {
 		return errnoOf(unix.Ftruncate(h.fd, int64(size)))
 	}
@@ -210,6 +221,7 @@ func (r *request) truncate(n *node, fd int, h *handle, size uint64) fuse.Errno {
 	if e != 0 {
 		return e
 	}
+	r.expectFile(watch.CloseWrite, n)
 	defer unix.Close(w)
 	return errnoOf(unix.Ftruncate(w, int64(size)))
 }

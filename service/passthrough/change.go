@@ -65,6 +65,7 @@ type change struct {
 	mode          uint32
 	name, newName string
 	exchange      bool // the rename is half of an exchange of two names
+	quiet         bool // not to be acted
 }
 
 // Watched says whether changes on the host come by Changed. Where they do the guest may cache for long.
@@ -75,10 +76,12 @@ func (fs *FS) Watched(yes bool) {
 }
 
 // pushed tells whether the guest hears of changes.
-func (fs *FS) pushed() bool { return fs.caching.watched.Load() && fs.caching.told.Load() }
+func (fs *FS) pushed() bool {
+	return (fs.c.Dirs != nil || fs.caching.watched.Load()) && fs.caching.told.Load()
+}
 
-// life is for how long the guest may cache an entry, and the attributes of what it leads to, which st describes.
-func (fs *FS) life(r *request, n *node, st *unix.Statx_t) (entry, attr time.Duration) {
+// life is for how long the guest may cache an entry of parent, and the attributes of what it leads to, which st describes. nil: of no entry.
+func (fs *FS) life(r *request, parent, n *node, st *unix.Statx_t) (entry, attr time.Duration) {
 	switch {
 	case fs.c.Cache == CacheNone:
 		return 0, 0
@@ -86,10 +89,14 @@ func (fs *FS) life(r *request, n *node, st *unix.Statx_t) (entry, attr time.Dura
 		return longTTL * time.Second, fs.c.TTL // its blocks, once they are written
 	case fs.c.Cache == CacheAlways:
 		return longTTL * time.Second, longTTL * time.Second
-	case !fs.pushed() || n.key.dev != fs.root.key.dev || n.key.mnt != fs.root.key.mnt:
-		return fs.c.TTL, fs.c.TTL // submounts are not watched
+	case !fs.pushed():
+		return fs.c.TTL, fs.c.TTL
 	case r.seq != fs.caching.seq.Load():
 		return 0, 0 // it may be old already
+	case fs.c.Dirs != nil:
+		return fs.dirLife(r, parent, n, st)
+	case n.key.dev != fs.root.key.dev || n.key.mnt != fs.root.key.mnt:
+		return fs.c.TTL, fs.c.TTL // submounts are not watched
 	case st.Nlink > 1 && n.typ != unix.S_IFDIR:
 		return longTTL * time.Second, fs.c.TTL // it may be changed by a name outside of the export
 	}
@@ -101,7 +108,11 @@ func (fs *FS) absent(r *request, dir *node) time.Duration {
 	switch {
 	case fs.c.Cache == CacheAlways:
 		return longTTL * time.Second
-	case fs.c.Cache != CacheCoherent || !fs.pushed() || dir.key.dev != fs.root.key.dev || dir.key.mnt != fs.root.key.mnt || r.seq != fs.caching.seq.Load():
+	case fs.c.Cache != CacheCoherent || !fs.pushed() || r.seq != fs.caching.seq.Load():
+		return 0
+	case fs.c.Dirs != nil && !r.covers(dir):
+		return 0
+	case fs.c.Dirs == nil && (dir.key.dev != fs.root.key.dev || dir.key.mnt != fs.root.key.mnt):
 		return 0
 	case fs.session.Load().minor < 44:
 		return fs.c.TTL // this kernel could not be told to forget all of them (INC_EPOCH)
@@ -152,6 +163,9 @@ func (fs *FS) Changed(changes []watch.Change) {
 		fs.mu.Lock()
 		k := change{op: c.Op, name: c.Name, newName: c.NewName, mode: c.Mode, dir: fs.idOf(c.Dir), newDir: fs.idOf(c.NewDir), node: fs.idOf(c.Inode)}
 		fs.mu.Unlock()
+		if fs.c.Dirs != nil && fs.comesTwice(&k) {
+			continue // once is enough
+		}
 		if k.dir != 0 || k.newDir != 0 || k.node != 0 {
 			fs.caching.add(k)
 		}
@@ -271,7 +285,9 @@ func (fs *FS) tell() {
 		for i := range batch {
 			k := &batch[i]
 			k.exchange = i+1 < len(batch) && k.undoneBy(&batch[i+1]) || i > 0 && k.undoneBy(&batch[i-1])
-			acts = withAct(acts, k)
+			if !k.quiet {
+				acts = withAct(acts, k)
+			}
 		}
 		if len(acts) > maxQueue {
 			fs.log.Warn("inotify in the guest does not show everything: more changes on the host than the guest can act", "lost", len(acts))
@@ -377,6 +393,12 @@ func (fs *FS) heard() bool { return fs.c.Changed != nil && (fs.c.Heard == nil ||
 
 // report tells of a change that the guest has made, to whom it may concern.
 func (fs *FS) report(op watch.Op, dir *node, name cname, n *node) {
+	if fs.c.Dirs != nil {
+		dir.told.Store(0)
+		if n != nil && op&watch.Delete != 0 {
+			n.told.Store(0)
+		}
+	}
 	if !fs.heard() {
 		return
 	}
@@ -397,6 +419,9 @@ func (fs *FS) report(op watch.Op, dir *node, name cname, n *node) {
 func (fs *FS) reportFile(op watch.Op, n *node) {
 	if op&watch.Modify != 0 && n.stamp.Load() != ownStamp {
 		n.stamp.Store(ownStamp)
+	}
+	if fs.c.Dirs != nil && op != watch.CloseWrite {
+		n.told.Store(0)
 	}
 	if !fs.heard() {
 		return

@@ -70,6 +70,7 @@ func (r *request) makeNamed(name cname, fn func(dir int, name cname) fuse.Errno)
 	if e != 0 {
 		return e
 	}
+	r.expect(watch.Create, parent, name)
 	if e := r.asCaller(func() fuse.Errno { return fn(dir, name) }); e != 0 {
 		return e
 	}
@@ -97,6 +98,7 @@ func opLink(r *request) fuse.Errno {
 	if e != 0 {
 		return e
 	}
+	r.expect(watch.Create, parent, name)
 	// AT_EMPTY_PATH would need CAP_DAC_READ_SEARCH.
 	var b nameBuf
 	if e := linkat(r.fs.procFD, b.setInt(fd), dir, name, unix.AT_SYMLINK_FOLLOW); e != 0 {
@@ -109,7 +111,7 @@ func opLink(r *request) fuse.Errno {
 // made is entry, of what the request has made.
 func (r *request) made(parent *node, dir int, name cname) fuse.Errno {
 	e := r.entry(parent, dir, name)
-	if e == 0 && r.fs.heard() {
+	if e == 0 && (r.fs.heard() || r.fs.c.Dirs != nil) {
 		var out fuse.EntryOut
 		fuse.Decode(&out, r.out[fuse.OutHeaderSize:])
 		n, _ := r.node(out.NodeID)
@@ -139,6 +141,7 @@ func opCreate(r *request) fuse.Errno {
 	if e := r.fs.takeFile(); e != 0 {
 		return e
 	}
+	r.expect(watch.Create, parent, name)
 	var fd int
 	// Exclusive, so that what is opened was made here; nothing that lies in wait under the name is.
 	e = r.asCaller(func() (e fuse.Errno) {

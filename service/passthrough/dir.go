@@ -69,6 +69,7 @@ func (r *request) readdir(plus bool) fuse.Errno {
 	if !h.isDir() {
 		return unix.ENOTDIR
 	}
+	r.watchDir(h.node, h.fd)
 	dir := -1
 	if plus {
 		if dir, e = h.node.path(); e != 0 {
@@ -148,7 +149,7 @@ func (r *request) dirent(parent *node, dir int, rec []byte, plus bool) {
 					return
 				}
 				if n, e := r.fs.enter(parent, cname(name), &st); e == 0 {
-					r.setEntry(&out, n, &st)
+					r.setEntry(&out, parent, n, &st)
 					ino = n.ino
 				}
 			}

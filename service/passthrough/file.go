@@ -69,6 +69,9 @@ func (r *request) openNode(n *node, fd, flags int) fuse.Errno {
 	if e := fs.takeFile(); e != 0 {
 		return e
 	}
+	if flags&unix.O_TRUNC != 0 {
+		r.expectFile(watch.Modify, n)
+	}
 	f, e := fs.reopen(fd, flags)
 	if e == unix.EPERM && flags&unix.O_NOATIME != 0 {
 		f, e = fs.reopen(fd, flags&^unix.O_NOATIME) // only the owner may; the guest's owner may not be ours
@@ -144,6 +147,7 @@ func opWrite(r *request) fuse.Errno {
 	if in.Flags&unix.O_APPEND != 0 && in.WriteFlags&fuse.WRITE_CACHE == 0 {
 		how = unix.RWF_APPEND // the offset is what the guest takes for the end
 	}
+	r.expectFile(watch.Modify, h.node)
 	n, e := pwrite(h.fd, r.body, int64(in.Offset), how)
 	if e != 0 {
 		return e
@@ -166,6 +170,9 @@ func opFlush(r *request) fuse.Errno {
 	h, e := r.handle(in.Fh)
 	if e != 0 {
 		return e
+	}
+	if r.fs.second.locks.has(r.hdr.NodeID) {
+		r.expectFile(watch.CloseWrite, h.node) // of the descriptor that holds them
 	}
 	r.fs.flushLocks(r.hdr.NodeID, in.LockOwner)
 	if h.flags&unix.O_ACCMODE == unix.O_RDONLY {
@@ -207,6 +214,12 @@ func opRelease(r *request) fuse.Errno {
 	h, e := r.handle(in.Fh)
 	if e != 0 {
 		return e
+	}
+	if r.fs.second.locks.has(r.hdr.NodeID) {
+		r.expectFile(watch.CloseWrite, h.node)
+	}
+	if h.flags&unix.O_ACCMODE != unix.O_RDONLY {
+		r.expectFile(watch.CloseWrite, h.node)
 	}
 	r.fs.releaseLocks(r.hdr.NodeID, h, &in)
 	if h.flags&unix.O_ACCMODE != unix.O_RDONLY {

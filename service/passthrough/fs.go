@@ -51,6 +51,7 @@ type Config struct {
 	TTL     time.Duration      // how long the guest may cache what it is not told of; 0: one second
 	Changed func(watch.Change) `json:"-"` // called with each change that the guest makes, from many goroutines; must not wait; nil: not
 	Heard   func() bool        `json:"-"` // whether anybody hears what Changed is called with; nil: yes
+	Dirs    *DirWatches        `json:"-"` // not owned: changes on the host come by it, and not by Watched; nil: they don't
 	Limits  *Limits            // shared by all mounts of one session; nil: defaults
 	ProcFD  *os.File           // /proc/self/fd, not owned; nil: New opens it
 	Log     *slog.Logger       // nil: silent
@@ -70,6 +71,7 @@ type FS struct {
 	ids       ids
 	second    second
 	caching   caching
+	dirs      dirs
 	acting    atomic.Pointer[acting] // the call that an Actor makes
 	overdue   overdue
 	actedOpen atomic.Bool // a file has been opened with actedFh
@@ -148,11 +150,21 @@ func (fs *FS) open() error {
 	fs.root = &node{fs: fs, id: 1, key: keyOf(&st), btime: btimeOf(&st), typ: unix.S_IFDIR, ino: st.Ino, fd: rootFD, pins: 1}
 	fs.nodes[1], fs.keys[fs.root.key] = fs.root, fs.root
 	fs.probeHandles()
-	return fs.second.init(fs)
+	if err := fs.second.init(fs); err != nil {
+		return err
+	}
+	if fs.c.Dirs != nil {
+		fs.dirs.types = map[uint64]bool{}
+		fs.dirs.number = fs.c.Dirs.join(fs)
+	}
+	return nil
 }
 
 // Close closes every descriptor. All Serves must have returned.
 func (fs *FS) Close() error {
+	if fs.c.Dirs != nil {
+		fs.c.Dirs.leave(fs)
+	}
 	fs.caching.close()
 	fs.second.close()
 	fs.mu.Lock()
@@ -186,9 +198,12 @@ func (fs *FS) Close() error {
 // unlock gives mu back, and closes the descriptors of what was dropped under it: the last close of a removed file
 // frees its blocks, which can take long.
 func (fs *FS) unlock() {
-	dead := fs.dead
-	fs.dead = nil
+	dead, drop := fs.dead, fs.dirs.drop
+	fs.dead, fs.dirs.drop = nil, nil
 	fs.mu.Unlock()
+	for _, id := range drop {
+		fs.c.Dirs.dirs.Remove(fs.dirs.number<<nodeBits | id)
+	}
 	for _, fd := range dead {
 		unix.Close(fd)
 		fs.giveFD()

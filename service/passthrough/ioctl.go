@@ -93,6 +93,7 @@ func opIoctl(r *request) fuse.Errno {
 		if e := r.mayChange(fx.xflags^fxWas.xflags, fsXflagImmutable|fsXflagAppend); e != 0 {
 			return e
 		}
+		r.expectFile(watch.Attrib, h.node)
 		if e := ioctl(h.fd, fsIocFssetxattr, unsafe.Pointer(&fx)); e != 0 {
 			return e
 		}

@@ -137,6 +137,16 @@ func (t *lockTable) get(node, owner uint64, lk *fuse.FileLock, fd int) fuse.Errn
 	return 0
 }
 
+// has tells whether somebody has locked of node.
+func (t *lockTable) has(node uint64) bool {
+	if t.n.Load() == 0 {
+		return false
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.nodes[node]) > 0
+}
+
 // flush drops all that owner has locked of node, as close(2) of any descriptor does. It tells whether there was any.
 func (t *lockTable) flush(node, owner uint64) bool {
 	return t.dropIf(node, func(id uint64, _ *lockOwner) bool { return id == owner })

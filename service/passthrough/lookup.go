@@ -19,6 +19,7 @@ func opLookup(r *request) fuse.Errno {
 	if e != 0 {
 		return e
 	}
+	r.watchDir(parent, dir)
 	e = r.entry(parent, dir, name)
 	if e == unix.ENOENT {
 		if life := r.fs.absent(r, parent); life > 0 {
@@ -54,14 +55,14 @@ func (r *request) entryOf(parent *node, name cname, st *unix.Statx_t) fuse.Errno
 		return e
 	}
 	var out fuse.EntryOut
-	r.setEntry(&out, n, st)
+	r.setEntry(&out, parent, n, st)
 	return reply(r, &out)
 }
 
-// setEntry fills the entry of a node that is in the table.
-func (r *request) setEntry(out *fuse.EntryOut, n *node, st *unix.Statx_t) {
+// setEntry fills the entry in parent of a node that is in the table.
+func (r *request) setEntry(out *fuse.EntryOut, parent, n *node, st *unix.Statx_t) {
 	fs := r.fs
-	entry, attr := fs.life(r, n, st)
+	entry, attr := fs.life(r, parent, n, st)
 	out.NodeID = n.id
 	out.EntryValid, out.EntryValidNsec = seconds(entry)
 	out.AttrValid, out.AttrValidNsec = seconds(attr)

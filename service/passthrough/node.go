@@ -38,7 +38,9 @@ type node struct {
 	typ   uint32 // S_IFMT bits of the mode
 	ino   uint64 // for the guest
 
-	stamp atomic.Uint64 // of its data, when the guest last opened it; 0: it has not
+	stamp   atomic.Uint64 // of its data, when the guest last opened it; 0: it has not
+	watched atomic.Uint64 // with Config.Dirs, of a directory: its place among those that were watched; 0: it is not
+	told    atomic.Uint64 // with Config.Dirs: stamp of what the guest was told for long; 0: it asks before it believes that again
 
 	// Guarded by FS.mu.
 
@@ -54,6 +56,7 @@ type node struct {
 	last    *unix.Statx_t // what it was when it was removed, if nothing else of it is left
 	used    bool          // in FS.lru
 	before  *node         // that had its place, FS.places, before it
+	adrift  bool          // with Config.Dirs: the host has taken it away from where it was last seen
 
 	next, prev *node
 }
@@ -98,6 +101,7 @@ func (fs *FS) enter(parent *node, name cname, st *unix.Statx_t) (*node, fuse.Err
 		if len(name) > 1 && (n.parent != parent || !name.is(n.name)) {
 			fs.move(n, parent, name.String())
 		}
+		n.adrift = n.adrift && len(name) <= 1
 	}
 	fs.unlock()
 	return n, 0
@@ -110,7 +114,7 @@ func (fs *FS) move(n, parent *node, name string) {
 	n.parent, n.name = parent, name
 	if parent != nil {
 		parent.kids++
-		n.removed = false
+		n.removed, n.adrift = false, false
 		p := place{parent, name}
 		n.before, fs.places[p] = fs.places[p], n
 	}
@@ -164,6 +168,9 @@ func (fs *FS) unref(n *node) {
 			fs.dead = append(fs.dead, n.fd)
 			n.fd = -1
 			fs.lruRemove(n)
+		}
+		if n.isWatched() {
+			fs.dirs.drop = append(fs.dirs.drop, n.id)
 		}
 		fs.unplace(n)
 		parent := n.parent

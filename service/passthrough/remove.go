@@ -23,6 +23,7 @@ func (r *request) remove(flags int) fuse.Errno {
 		return e
 	}
 	victim, last := r.keepLast(dir, name)
+	r.expect(watch.Delete, parent, name)
 	if e := unlinkat(dir, name, flags); e != 0 {
 		return e
 	}

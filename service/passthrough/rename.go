@@ -46,6 +46,12 @@ func (r *request) rename(newdir uint64, flags uint32) fuse.Errno {
 	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 {
 		victim = r.keep(toFD, newname)
 	}
+	r.expect(watch.Delete, from, oldname)
+	r.expect(watch.Create, to, newname)
+	if flags&unix.RENAME_EXCHANGE != 0 {
+		r.expect(watch.Create, from, oldname)
+		r.expect(watch.Delete, to, newname)
+	}
 	if e := renameat2(fromFD, oldname, toFD, newname, flags); e != 0 {
 		return e
 	}
@@ -60,6 +66,13 @@ func (r *request) rename(newdir uint64, flags uint32) fuse.Errno {
 
 // reportRename tells of a rename. moved is what is under the new name, if the guest knows it.
 func (r *request) reportRename(from *node, oldname cname, to *node, newname cname, moved *node, flags uint32) {
+	if r.fs.c.Dirs != nil {
+		from.told.Store(0)
+		to.told.Store(0)
+		if moved != nil {
+			moved.told.Store(0)
+		}
+	}
 	if !r.fs.heard() {
 		return
 	}

@@ -19,7 +19,11 @@ type request struct {
 	body []byte // what follows the header, without extensions
 	out  []byte // the reply: room for its header, then what the operation appends
 
-	seq uint64 // caching.seq when the request began
+	seq     uint64 // caching.seq when the request began
+	watches uint64 // dirs.count when it began to look
+
+	expected  [2]entryKey // by expect
+	nexpected int
 
 	group    uint32 // the supplementary group to create with, if hasGroup
 	hasGroup bool
@@ -100,6 +104,9 @@ func (r *request) handleOf(id, fh uint64) (*handle, fuse.Errno) {
 
 // release gives back all that the request kept.
 func (r *request) release() {
+	if r.nexpected > 0 {
+		r.settle()
+	}
 	if r.npinned|r.nheld != 0 {
 		fs := r.fs
 		fs.mu.Lock()

@@ -239,7 +239,7 @@ func (s *stream) more() bool {
 // answer serves the request and replies. With keep a small reply may wait for the next one.
 func (s *stream) answer(r *request, op *op, keep bool) {
 	r.out = r.outSmall[:fuse.OutHeaderSize]
-	r.seq = s.fs.caching.seq.Load()
+	r.seq, r.watches = s.fs.caching.seq.Load(), s.fs.dirs.count.Load()
 	e := s.run(r, op)
 	s.fs.requests.Add(1)
 	s.fs.received.Add(uint64(r.hdr.Len))

@@ -28,6 +28,7 @@ func opFallocate(r *request) fuse.Errno {
 	if in.Offset > math.MaxInt64 || in.Length > math.MaxInt64 {
 		return unix.EINVAL
 	}
+	r.expectFile(watch.Modify, h.node)
 	for {
 		if err := unix.Fallocate(h.fd, in.Mode, int64(in.Offset), int64(in.Length)); err != unix.EINTR {
 			if err == nil {
@@ -95,6 +96,7 @@ func (r *request) copyFileRange(most uint64) (uint64, fuse.Errno) {
 		return 0, e
 	}
 	offIn, offOut := int64(in.OffIn), int64(in.OffOut)
+	r.expectFile(watch.Modify, to.node)
 	for {
 		n, err := unix.CopyFileRange(from.fd, &offIn, to.fd, &offOut, int(min(in.Len, most, math.MaxInt64)), 0)
 		if err != unix.EINTR {

@@ -14,14 +14,17 @@ import (
 )
 
 // opSetxattr sets an extended attribute.
-func opSetxattr(r *request) fuse.Errno { return r.attributed(r.setxattr()) }
+func opSetxattr(r *request) fuse.Errno { return r.attributed((*request).setxattr) }
 
-// attributed tells of a change of the request's node, if there was no error.
-func (r *request) attributed(e fuse.Errno) fuse.Errno {
-	if e == 0 {
-		if n, e := r.self(); e == 0 {
-			r.fs.reportFile(watch.Attrib, n)
-		}
+// attributed has change change the request's node, and tells of it if there was no error.
+func (r *request) attributed(change func(*request) fuse.Errno) fuse.Errno {
+	n, e := r.self()
+	if e != 0 {
+		return e
+	}
+	r.expectFile(watch.Attrib, n)
+	if e = change(r); e == 0 {
+		r.fs.reportFile(watch.Attrib, n)
 	}
 	return e
 }
@@ -169,7 +172,7 @@ func opListxattr(r *request) fuse.Errno {
 }
 
 // opRemovexattr removes an extended attribute.
-func opRemovexattr(r *request) fuse.Errno { return r.attributed(r.removexattr()) }
+func opRemovexattr(r *request) fuse.Errno { return r.attributed((*request).removexattr) }
 
 func (r *request) removexattr() fuse.Errno {
 	if r.fs.c.Xattr == XattrOff {
