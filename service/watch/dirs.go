@@ -105,6 +105,9 @@ func limit(what string) string {
 		return n, s
 	}
 	n, value := read("fs/inotify/max_user_" + what)
+	if value == "unknown" { // a worker can't see it
+		return fmt.Sprintf(" (see fs.inotify.max_user_%s)", what)
+	}
 	if n2, value2 := read("user/max_inotify_" + what); n2 < n {
 		return fmt.Sprintf(" (user.max_inotify_%s is %s)", what, value2)
 	}
