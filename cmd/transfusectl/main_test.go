@@ -140,7 +140,7 @@ func serveHost(ts *testscript.TestScript, neg bool, args []string) {
 			{Tag: "data", Directory: "/srv/data", ReadOnly: true, Guests: []string{"any"}}},
 		Guests: []api.Session{
 			{ID: "s1", Peer: "vsock:3:1023", Guest: "transfused 1.2", Kernel: "6.18.4", Protocol: 2, Since: time.Now().Add(-90*time.Minute - 10*time.Second), Worker: 77,
-				Mounts: []api.GuestsMount{{Tag: "code", Directory: "/mnt/co\x1bde", Streams: 2}}},
+				Mounts: []api.GuestsMount{{Tag: "code", Directory: "/mnt/co\x1bde", Streams: 2, Watched: "by inotify"}}},
 			{ID: "s2", Peer: "vsock:4:1023", Guest: "transfused 1.0", Kernel: "6.1", Protocol: 1, Since: time.Now().Add(-25 * time.Hour), Lost: true, Worker: 78},
 		},
 	}

@@ -114,6 +114,7 @@ func (a *app) writeStatus(w io.Writer, r statusReport) {
 			line("Since", moment(s.Since))
 			for _, m := range s.Mounts {
 				line("Mount", clean(fmt.Sprintf("%s on %s, %s", m.Tag, m.Directory, count(m.Streams, "stream"))))
+				line("Watched", clean(m.Watched))
 			}
 		}
 		return

@@ -508,7 +508,7 @@ func newHost() *admintest.Host {
 		State:   api.HostStatus{Version: "1.2", Listen: []string{"vsock:any:1524"}, Exports: 2, Sessions: 1, Text: "2 exports, 1 guest"},
 		Offered: []api.Export{{Tag: "code", Directory: "/srv/code", Guests: []string{"3"}, Options: []string{"suid"}}, {Tag: "data", ReadOnly: true}},
 		Guests: []api.Session{{ID: "s1", Peer: "vsock:3:1023", Guest: "transfused 1.2", Kernel: "6.18", Protocol: 2, Since: since, Lost: true, Worker: 7,
-			Mounts: []api.GuestsMount{{Tag: "code", Directory: "/mnt", ReadOnly: true, Streams: 2}}}, {ID: "s2", Since: since}},
+			Mounts: []api.GuestsMount{{Tag: "code", Directory: "/mnt", ReadOnly: true, Streams: 2, Watched: "by fanotify"}}}, {ID: "s2", Since: since}},
 	}
 }
 

@@ -204,7 +204,8 @@ type GuestsMount struct {
 	Tag       string `json:"tag"`
 	Directory string `json:"directory"` // in the guest, in its words
 	ReadOnly  bool   `json:"readOnly"`
-	Streams   int    `json:"streams"` // 0: it waits for the guest to come back
+	Streams   int    `json:"streams"`           // 0: it waits for the guest to come back
+	Watched   string `json:"watched,omitempty"` // how changes on the host are seen, for people; empty: they need not be
 }
 
 // Host is a running host server.

@@ -109,6 +109,9 @@ func (ss *session) describe() api.Session {
 	for _, id := range ids {
 		m := ss.mounts[id]
 		g := api.GuestsMount{Tag: m.export.Tag, Directory: quote(m.dir), ReadOnly: m.export.ReadOnly}
+		if g.Watched = m.watched; m.watched == byInotify && ss.limited != "" {
+			g.Watched += ", but for directories beyond its limit, which the guest looks at again after a second: " + ss.limited
+		}
 		if m.served {
 			g.Streams = 1
 		}

@@ -276,7 +276,7 @@ func TestNextStreamWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer w.procFD.Close()
-	if err := w.mount(&mountOrder{MountID: 1, Tag: "code", Keep: true}, root); err != nil {
+	if _, err := w.mount(&mountOrder{MountID: 1, Tag: "code", Keep: true}, root); err != nil {
 		t.Fatal(err)
 	}
 	stream := func(number uint64) *transport.Conn {

@@ -32,6 +32,9 @@ var allowedCalls = []uint32{
 	unix.SYS_SYNCFS, unix.SYS_UNLINKAT, unix.SYS_UTIMENSAT, unix.SYS_WRITEV,
 	sysSetxattrat, sysGetxattrat, sysListxattrat, sysRemovexattrat,
 
+	// What changes in directories.
+	unix.SYS_INOTIFY_INIT1, unix.SYS_INOTIFY_ADD_WATCH, unix.SYS_INOTIFY_RM_WATCH,
+
 	// The caller's ids, on one thread.
 	unix.SYS_CAPGET, unix.SYS_CAPSET, unix.SYS_SETFSGID, unix.SYS_SETFSUID, unix.SYS_SETGROUPS, unix.SYS_UMASK,
 

@@ -55,6 +55,7 @@ type session struct {
 
 	mu      sync.Mutex // guards the rest
 	worker  *workerProc
+	limited string                             // not all directories of this session's mounts can be watched by inotify, and why
 	keeping context.Context                    // of the control channel that keepers are of
 	keepers map[string]context.CancelCauseFunc // one for each mount that the host asks for
 	known   bool                               // it has had a control channel
@@ -88,6 +89,7 @@ type mount struct {
 	retired bool        // the host has it unmounted
 	streams uint64      // that came
 	served  bool        // the last of them has not ended
+	watched string      // how changes on the host are seen
 	stood   bool        // its notify channel came: the guest had mounted it
 	reason  wire.Reason // why it ended, if the guest said so
 	counts  passthrough.Counts
@@ -308,7 +310,7 @@ func (ss *session) workerFor(e *Export) (*workerProc, error) {
 		}
 	}
 	c.Caps = serverCaps(suid, dev)
-	w, err := startWorker(c, ss.srv.hub, ss.log, workerEvents{ended: ss.mountEnded, lost: ss.streamLost, counted: ss.counted, died: func(err error) {
+	w, err := startWorker(c, ss.srv.hub, ss.log, workerEvents{ended: ss.mountEnded, lost: ss.streamLost, counted: ss.counted, limited: ss.watchLimited, died: func(err error) {
 		if err != nil {
 			ss.srv.meter.deaths.Add(1)
 			ss.log.Error("worker died: its session ends, no other", "error", err, sd.WorkerDied.Attr())
@@ -337,7 +339,11 @@ func (ss *session) addMount(of *Export, e Export, dir string) (*mount, error) {
 	if err != nil {
 		return nil, err
 	}
-	m.noFlush, err = w.mount(mountOrder{MountID: m.id, Ahead: ss.version >= wire.Version2, Keep: m.keep}, &e)
+	noFlush, watched, err := w.mount(mountOrder{MountID: m.id, Ahead: ss.version >= wire.Version2, Keep: m.keep}, &e)
+	m.noFlush = noFlush
+	ss.mu.Lock()
+	m.watched = watched
+	ss.mu.Unlock()
 	// The policy may have changed before the mount was noted, and so nobody have ended it.
 	if err == nil && !ss.may(m) {
 		ss.drop(m, errExportGone.Error())
@@ -437,6 +443,14 @@ func (ss *session) drop(m *mount, why string) {
 	// The worker may be dead, and then the session ends.
 	_ = w.unmount(m.id)
 	ss.mountEnded(m.id, why)
+}
+
+// watchLimited notes that the worker can't watch all directories.
+func (ss *session) watchLimited(text string) {
+	ss.mu.Lock()
+	ss.limited = text
+	ss.mu.Unlock()
+	ss.srv.changed()
 }
 
 // streamLost notes that a mount is kept without its stream, the number-th.

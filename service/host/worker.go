@@ -48,7 +48,7 @@ type mountOrder struct {
 	Options Options
 	Ahead   bool // passthrough.Config's
 	Keep    bool // the mount outlives its streams
-	Watched bool // changes on the host come
+	Watched bool // changes on the host come; else the worker watches itself, if it can
 }
 
 // notifyOrder passes the notify channel of a mount, and eventsOrder the session's event channel, whose thread in the guest acts. Both have been
@@ -85,9 +85,11 @@ type report struct {
 	Errno    syscall.Errno `json:",omitempty"` // of the order
 	Text     string        `json:",omitempty"`
 	Warnings []string      `json:",omitempty"` // of Start
+	Blind    string        `json:",omitempty"` // of Mount, where changes on the host should be seen: why the worker can't
 	Ended    *endedReport  `json:",omitempty"`
 	Counts   counts        `json:",omitempty"` // of Count; and of the mount, of Unmount and Ended
 	Lost     *lostReport   `json:",omitempty"`
+	Limited  string        `json:",omitempty"` // not all directories can be watched, and why
 	Log      *logReport    `json:",omitempty"`
 }
 
@@ -124,6 +126,7 @@ type worker struct {
 	events  *eventChannel                  // nil: none
 	changes *changes                       // set once, before the first mount
 	several atomic.Bool                    // there is more than one mount
+	dirs    *passthrough.DirWatches        // of all mounts whose changes the parent does not see; nil: of none yet
 	limits  map[string]*passthrough.Limits // by tag and numbers, of exports that have their own; "" of the others
 }
 
@@ -197,7 +200,7 @@ func (w *worker) obey(o *order, files []*os.File) (r report) {
 		err = errors.New("not started")
 	case o.Mount != nil && len(files) == 1:
 		used = true
-		err = w.mount(o.Mount, files[0])
+		r.Blind, err = w.mount(o.Mount, files[0])
 	case o.Stream != nil && len(files) == 1:
 		used = true
 		err = w.stream(o.Stream, files[0])
@@ -227,12 +230,18 @@ func (w *worker) obey(o *order, files []*os.File) (r report) {
 	return r
 }
 
-func (w *worker) mount(o *mountOrder, root *os.File) error {
+func (w *worker) mount(o *mountOrder, root *os.File) (blind string, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.mounts[o.MountID] != nil {
 		root.Close()
-		return fmt.Errorf("mount %d: %w", o.MountID, unix.EEXIST)
+		return "", fmt.Errorf("mount %d: %w", o.MountID, unix.EEXIST)
+	}
+	var dirs *passthrough.DirWatches
+	if o.Options.Cache == passthrough.CacheCoherent && !o.Watched {
+		if dirs, err = w.dirsOf(root); err != nil {
+			blind = err.Error()
+		}
 	}
 	var changed func(watch.Change)
 	var heard func() bool
@@ -245,10 +254,10 @@ func (w *worker) mount(o *mountOrder, root *os.File) error {
 		RootAs: o.Options.Root, UIDs: o.Options.UIDs, GIDs: o.Options.GIDs, Squash: o.Options.Squash,
 		Submounts: o.Options.Submounts, Xattr: o.Options.Xattr, XattrMap: o.Options.XattrMap,
 		Cache: o.Options.Cache, Writeback: o.Options.Writeback,
-		Ahead: o.Ahead, Changed: changed, Heard: heard, Log: w.log.With("tag", o.Tag),
+		Ahead: o.Ahead, Changed: changed, Heard: heard, Dirs: dirs, Log: w.log.With("tag", o.Tag),
 	})
 	if err != nil {
-		return fmt.Errorf("export %s: %w", o.Tag, err)
+		return "", fmt.Errorf("export %s: %w", o.Tag, err)
 	}
 	fs.Watched(o.Watched)
 	m := &workerMount{fs: fs, keep: o.Keep}
@@ -257,7 +266,23 @@ func (w *worker) mount(o *mountOrder, root *os.File) error {
 	if w.events != nil {
 		fs.Act(w.events.actor(o.MountID))
 	}
-	return nil
+	return blind, nil
+}
+
+// dirsOf returns what watches the directories of an export, or why nothing can. Precondition: w.mu is held.
+func (w *worker) dirsOf(root *os.File) (*passthrough.DirWatches, error) {
+	if err := watch.CheckFS(int(root.Fd())); err != nil {
+		return nil, err
+	}
+	if w.dirs == nil {
+		// Who allows more of them reads the parent's log.
+		d, err := passthrough.NewDirWatches(w.log, func(err error) { _ = w.conn.Send(report{Limited: err.Error()}) })
+		if err != nil {
+			return nil, err
+		}
+		w.dirs = d
+	}
+	return w.dirs, nil
 }
 
 // limitsOf returns the limits of a mount: those of its session, or of all
@@ -396,6 +421,9 @@ func (w *worker) end() {
 		w.unmount(id)
 	}
 	w.streams.Wait()
+	if w.dirs != nil {
+		w.dirs.Close()
+	}
 }
 
 // logReport is a line for the parent's log.

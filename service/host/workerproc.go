@@ -48,6 +48,7 @@ type workerEvents struct {
 	ended   func(id uint32, text string)                // a mount
 	lost    func(id uint32, number uint64, text string) // a stream, of a mount that is kept
 	counted func(counts)                                // what mounts have served
+	limited func(text string)                           // not all directories can be watched
 	died    func(error)                                 // once, at the end: with nil when close asked for it
 }
 
@@ -118,6 +119,8 @@ func (w *workerProc) read() {
 			w.events.ended(r.Ended.MountID, r.Ended.Text)
 		case r.Lost != nil:
 			w.events.lost(r.Lost.MountID, r.Lost.Number, r.Lost.Text)
+		case r.Limited != "":
+			w.events.limited(quote(r.Limited))
 		case r.Log != nil:
 			if ok, dropped := w.limit.allow(time.Now()); ok {
 				w.log.Log(context.Background(), min(r.Log.Level, slog.LevelError), quote(r.Log.Text), droppedAttr(dropped)...)
@@ -202,24 +205,44 @@ type workerError struct {
 func (e *workerError) Error() string { return e.text }
 func (e *workerError) Unwrap() error { return e.errno }
 
-func (w *workerProc) mount(m mountOrder, e *Export) (noFlush bool, err error) {
+// mount adds a mount, and tells how changes of it on the host are seen: "" where nobody asks.
+func (w *workerProc) mount(m mountOrder, e *Export) (noFlush bool, watched string, err error) {
 	root, err := openExport(e)
 	if err != nil {
-		return false, err
+		return false, "", err
 	}
 	defer root.Close()
 	m.Tag, m.Options = e.Tag, e.Options
-	if e.Cache == passthrough.CacheCoherent {
-		var why error
-		if m.Watched, why = w.member.mounted(m.MountID, e.Dir, root); !m.Watched {
-			w.log.Warn("changes on the host are not pushed to the guest, which looks again after a second", "tag", e.Tag, "reason", why)
-		}
+	coherent := e.Cache == passthrough.CacheCoherent
+	var why error
+	if coherent {
+		m.Watched, why = w.member.mounted(m.MountID, e.Dir, root)
 	}
-	if _, err = w.order(order{Mount: &m}, root); err != nil {
+	r, err := w.order(order{Mount: &m}, root)
+	if err != nil {
 		w.member.unmounted(m.MountID)
+		return false, "", err
 	}
-	return passthrough.NoFlush(root, e.Submounts), err
+	switch {
+	case !coherent:
+	case m.Watched:
+		watched = byFanotify
+		w.log.Info("changes on the host are pushed to the guest", "tag", e.Tag, "watched", watched)
+	case r.Blind == "":
+		watched = byInotify
+		w.log.Info("changes on the host are pushed to the guest", "tag", e.Tag, "watched", watched, "reason", why)
+	default:
+		watched = "not: " + quote(r.Blind)
+		w.log.Warn("changes on the host are not pushed to the guest, which looks again after a second", "tag", e.Tag, "fanotify", why, "inotify", quote(r.Blind))
+	}
+	return passthrough.NoFlush(root, e.Submounts), watched, nil
 }
+
+// How changes on the host are seen.
+const (
+	byFanotify = "by fanotify"
+	byInotify  = "by inotify"
+)
 
 // notify passes on the notify channel of a mount, and eventsOf the session's event channel. The caller still has c, closes it, and does nothing
 // else with it.
