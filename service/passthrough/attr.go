@@ -3,6 +3,8 @@
 package passthrough
 
 import (
+	"time"
+
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
@@ -39,6 +41,9 @@ func (r *request) attrOut(n *node, st *unix.Statx_t) (out fuse.AttrOut) {
 	return out
 }
 
+// aheadLife is for how long attributes may be believed that were told ahead.
+const aheadLife = 10 * time.Millisecond
+
 // tellAhead makes the message that goes before the reply to a request which changed names in its directory: the
 // attributes that the guest is about to ask for. It is nil if they can't be had, and the guest then asks.
 func (r *request) tellAhead() []byte {
@@ -50,9 +55,15 @@ func (r *request) tellAhead() []byte {
 	if r.fs.stat(n, &st) != 0 {
 		return nil
 	}
+	out := r.attrOut(n, &st)
+	if r.fs.c.Cache == CacheCoherent && r.fs.pushed() && out.AttrValid > 0 {
+		// The guest's daemon hands them to its kernel a moment later, when that may have been told already that the host has changed the directory again.
+		out.AttrValid, out.AttrValidNsec = seconds(aheadLife)
+		n.told.Store(0)
+	}
 	b := r.ahead[:]
 	fuse.Put(b, &fuse.OutHeader{Len: uint32(len(b)), Error: fuse.AheadCode})
-	fuse.Put(b[fuse.OutHeaderSize:], &fuse.AheadOut{Unique: r.hdr.Unique, NodeID: n.id, Attr: r.attrOut(n, &st)})
+	fuse.Put(b[fuse.OutHeaderSize:], &fuse.AheadOut{Unique: r.hdr.Unique, NodeID: n.id, Attr: out})
 	return b
 }
 
