@@ -28,7 +28,8 @@
 //   - Directory offsets are the host's. A directory is read for as much as fits one reply, so nothing is kept between two.
 //   - O_DIRECT and O_APPEND are not passed on to the host's file; see keepFlags.
 //   - What the guest may cache is a mode of the mount (CacheMode). In the mode coherent it is told of changes (Changed, Notify), and may
-//     cache for long what it would be told of; the rest for Config.TTL. See caching.
+//     cache for long what it would be told of: all of the root's mount where changes come by Changed, else what is in the directories that
+//     it has looked into, each of which is watched (DirWatches); the rest for Config.TTL. See caching.
 //   - Directories are not opened (OPENDIR is ENOSYS), so that the guest's kernel caches their names; the descriptors to read them by are
 //     ours, for a moment. See shared.
 //   - For the guest's inotify it makes calls that change nothing, and whose requests are answered as they want it. See Actor and acting.

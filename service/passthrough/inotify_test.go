@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/watch"
 )
 
 // pushed is a guest whose host watches by inotify, and what it is told.
@@ -401,6 +402,28 @@ func TestWatchedDirsShared(t *testing.T) {
 	}
 	must(t, fs.Close())
 	p.want("after its end")
+}
+
+// Where events were lost the guest is to believe nothing.
+func TestWatchedDirsLost(t *testing.T) {
+	p := newPushed(t, nil)
+	p.w.changed([]watch.DirChange{{Op: watch.Lost}})
+	p.until("all")
+	p.until("inode 1 data")
+	equal(t, "what is not there is not there for", p.lookupNone(1, "none"), longTTL)
+}
+
+// A file system that can't tell what changes is not watched.
+func TestWatchedDirsOfProc(t *testing.T) {
+	p := newPushed(t, func(c *Config) {
+		c.Root.Close()
+		root, err := os.Open("/proc/sys")
+		must(t, err)
+		c.Root = root
+	})
+	equal(t, "its root's attributes are for", p.attrValid(1), 1)
+	equal(t, "what is not there is not there for", p.lookupNone(1, "none"), 0)
+	equal(t, "watches", watches(t), 0)
 }
 
 const dirsLimitEnv = "PASSTHROUGH_TEST_LIMIT"

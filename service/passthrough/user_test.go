@@ -29,7 +29,7 @@ func TestAsUser(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("/proc/self/exe", "-test.count=1",
-		"-test.run=^Test(Locks|Flock|LockWaits|Xattr|Space|OrdinaryUser|Hostile(Names|Symlinks|Exchange|Numbers|Forget|Lengths|Extensions|Streams|BeforeInit|ReadOnly|OpenFiles|Nodes|Bytes))")
+		"-test.run=^Test(WatchedDirs(Told|Own|Shared|Lost)|Locks|Flock|LockWaits|Xattr|Space|OrdinaryUser|Hostile(Names|Symlinks|Exchange|Numbers|Forget|Lengths|Extensions|Streams|BeforeInit|ReadOnly|OpenFiles|Nodes|Bytes))")
 	cmd.Env = []string{"TMPDIR=" + dir, "PATH=" + os.Getenv("PATH"), "TRANSFUSED_AS_USER=1"}
 	cmd.Dir = filepath.Clean("/")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}

@@ -49,6 +49,6 @@
 // directory that is not watched, are Delete and Create.
 //
 // It tells less than a Watcher: neither who made a change, nor which inode it was, nor what happened to a file by a name in a directory that is
-// not watched, by a handle, or by a descriptor when the name is gone. A file with several names is told by the one that was used.
+// not watched (nor that it got that name), by a handle, or by a descriptor when the name is gone. A file with several names is told by the one that was used.
 // [Lost] comes after the queue was full (fs.inotify.max_queued_events).
 package watch
