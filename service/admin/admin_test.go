@@ -357,7 +357,7 @@ func TestErrors(t *testing.T) {
 		}
 		equal(t, tt.want, *e)
 	}
-	for _, want := range []string{"method=Mount", "method=Unmount", "method=Reload"} {
+	for _, want := range []string{"method=Mount", "method=Unmount"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the log has no %s:\n%s", want, out)
 		}
