@@ -72,6 +72,13 @@ type acting struct {
 	exchange    bool // what is under the new name goes to the old one
 
 	looked, newLooked atomic.Bool // the guest has asked what the names are, and so has what it was told
+	seen              atomic.Pointer[seen]
+}
+
+// seen is a node as it was when a call looked for it: it may lose the name before the call is made.
+type seen struct {
+	id uint64
+	st unix.Statx_t
 }
 
 // overdue are calls of which nobody knows any more whether they were made: their channel has ended. They may still come, and are
@@ -164,7 +171,7 @@ func (fs *FS) act(a Actor, n *notifier, k *change) {
 		fs.actOne(a, n, ActRename, k)
 	}
 	remove := k.op&watch.Delete != 0 && k.dir != 0
-	first := remove && (k.op&watch.Create == 0 || fs.isThere(k.dir, k.name)) // and then it was made again, if it was
+	first := remove && typ != 0 && (k.op&watch.Create == 0 || fs.isThere(k.dir, k.name)) // and then it was made again, if it was
 	if first {
 		fs.actRemove(a, n, k)
 	}
@@ -260,10 +267,10 @@ func (fs *FS) actOne(a Actor, n *notifier, op ActOp, k *change) {
 			fs.overdue.add(x) // before it is not acting any more
 		}
 		fs.acting.Store(nil)
-		if e != unix.ENOENT || again > 0 || n == nil || x.looked.Load() {
+		if e != unix.ENOENT && e != unix.ESTALE || again > 0 || n == nil || x.looked.Load() {
 			return
 		}
-		// Somebody in the guest has looked for the name meanwhile, and the kernel believes that there is none.
+		// Somebody in the guest has looked for the name meanwhile, and the kernel believes that there is none, or what is not there now.
 		n.entry(k.dir, k.name)
 		n.flush(fs)
 	}
@@ -344,13 +351,19 @@ func (x *acting) serve(r *request) (fuse.Errno, bool) {
 	}
 	n, e := r.self()
 	var st unix.Statx_t
-	if e == 0 {
-		e = fs.stat(n, &st)
+	if e != 0 {
+		return e, true
 	}
-	if e == 0 {
-		e = r.attrReply(n, &st)
+	if e := fs.stat(n, &st); e != 0 {
+		was := x.seen.Load()
+		if was == nil || was.id != n.id {
+			return e, true
+		}
+		out := fuse.AttrOut{} // for no time
+		fs.setAttr(&out.Attr, n.ino, &was.st)
+		return reply(r, &out), true
 	}
-	return e, true
+	return r.attrReply(n, &st), true
 }
 
 // lookup answers a LOOKUP of the call's names.
@@ -388,10 +401,15 @@ func (x *acting) lookup(r *request) (fuse.Errno, bool) {
 			return e, true
 		}
 		var st unix.Statx_t
-		if statxAt(dir, c, &st) == 0 {
-			return r.entryOf(parent, c, &st), true
+		if statxAt(dir, c, &st) != 0 {
+			return x.unknown(r), true
 		}
-		return x.unknown(r), true
+		if e = r.entryOf(parent, c, &st); e == 0 {
+			var out fuse.EntryOut
+			fuse.Decode(&out, r.out[fuse.OutHeaderSize:])
+			x.seen.Store(&seen{out.NodeID, st})
+		}
+		return e, true
 	}
 	return 0, false
 }
