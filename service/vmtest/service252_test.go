@@ -49,9 +49,8 @@ func test252Restart(t *testing.T, r *serviceRig) {
 	r.want(t, "2", "systemctl show -P NFileDescriptorStore transfused")
 }
 
-// test252Boot has all mounts there after a boot. The credential's is on the kernel's command line.
+// test252Boot has all mounts there after a boot.
 func test252Boot(t *testing.T, r *serviceRig) {
-	r.has(t, "cat /proc/cmdline", " systemd.set_credential_binary=transfused.toml:")
 	r.bootMounts(t)
 	r.reboot(t)
 	r.booted(t)

@@ -79,9 +79,9 @@ func newServiceRig(t *testing.T, suite string) *serviceRig {
 	}()
 	config, credentials := Config{Reboots: true}, map[string]string{"transfused.toml": credential}
 	if suite == Bookworm {
-		config.CommandLine = credentials // as Firecracker has it
-	} else {
 		config.Credentials = credentials
+	} else {
+		config.CommandLine = credentials // as Firecracker's guests get it; systemd 252 does not know that
 	}
 	if l.vm, err = Boot(t.Context(), images, config); err != nil {
 		t.Fatal(err)
@@ -463,6 +463,7 @@ func (r *serviceRig) noBootMounts(t *testing.T) {
 }
 
 func testBootMounts(t *testing.T, r *serviceRig) {
+	r.has(t, "cat /proc/cmdline", " systemd.set_credential_binary=transfused.toml:")
 	r.bootMounts(t)
 	r.softReboot(t)
 	r.booted(t)
