@@ -29,26 +29,19 @@ const (
 	stale = time.Second            // what is not seen after it never would be
 )
 
-// blind has the rig's export on a file system that tells nobody of its changes: an overlay without file handles. The host can't watch
-// it, and all else is as it was. It is how the tests of this package see what they would see if nothing was pushed.
+// blind has the rig's export on a file system whose changes the host does not believe to be told of: a FUSE mount, which is one of ours without a
+// cache. All else is as it was. It is how the tests of this package see what they would see if nothing was pushed.
 func (r *rig) blind() {
 	r.t.Helper()
-	var dirs []string
-	for _, d := range []string{"lower", "upper", "work"} {
-		dirs = append(dirs, filepath.Join(r.dir, d))
-		if err := os.Mkdir(dirs[len(dirs)-1], 0o755); err != nil {
-			r.t.Fatal(err)
-		}
-	}
-	options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,nfs_export=off", dirs[0], dirs[1], dirs[2])
-	if err := unix.Mount("overlay", r.export, "overlay", 0, options); err != nil {
+	below := filepath.Join(r.dir, "below")
+	if err := os.Mkdir(below, 0o755); err != nil {
 		r.t.Fatal(err)
 	}
-	r.t.Cleanup(func() {
-		if err := unix.Unmount(r.export, 0); err != nil {
-			r.t.Error(err)
-		}
-	})
+	host := r.start("transfuse-host", "--listen", r.address("below"), "--export", "below="+below+",cache=none")
+	host.await("listening")
+	r.start("transfused", "--server", r.address("below"), "--socket", "none", "--mount", "below="+r.export)
+	r.mounted(r.export)
+	host.await("msg=mounted")
 }
 
 // told starts host and guest, and waits for all channels of the mount.
