@@ -154,7 +154,8 @@ func (w *inotify) until(path, what string, limit time.Duration) ([]inotifyEvent,
 // temporary are names that programs choose at random.
 var temporary = regexp.MustCompile(`(\.file\.|tmp_obj_)\w{6}`)
 
-// byName are the events of each name in their order, each kind once; what opens something is left out.
+// byName are the events of each name in their order, each kind once; what opens something is left out. ATTRIB is last: the kernel that tells the
+// host joins it with others of its file, in no order.
 func byName(events []inotifyEvent) map[string][]string {
 	all := map[string][]string{}
 	for _, e := range events {
@@ -162,6 +163,11 @@ func byName(events []inotifyEvent) map[string][]string {
 		if !strings.HasPrefix(e.what, "OPEN") && !slices.Contains(all[name], e.what) {
 			all[name] = append(all[name], e.what)
 		}
+	}
+	for _, whats := range all {
+		slices.SortStableFunc(whats, func(a, b string) int {
+			return strings.Count(a, "ATTRIB") - strings.Count(b, "ATTRIB")
+		})
 	}
 	return all
 }
@@ -227,6 +233,10 @@ func testEdits(t *testing.T, export, mount string) {
 			n := fmt.Sprint(i)
 			want, _ := see(t, filepath.Join(local, n), filepath.Join(local, n), e.edit, e.watch)
 			got, ok := see(t, filepath.Join(r.export, n), filepath.Join(r.mnt, n), e.edit, e.watch)
+			// git links an object to its name. That the count of names changed is told by the inode alone, and is shown by a name too.
+			got = slices.DeleteFunc(got, func(e inotifyEvent) bool {
+				return e.what == "ATTRIB" && strings.HasPrefix(e.path, ".git/objects/")
+			})
 			if diff := cmp.Diff(byName(want), byName(got)); diff != "" || !ok {
 				t.Errorf("-local +guest, %v:\n%s\nthe guest saw %v", ok, diff, got)
 			}

@@ -171,7 +171,8 @@ func (fs *FS) act(a Actor, n *notifier, k *change) {
 		fs.actOne(a, n, ActRename, k)
 	}
 	remove := k.op&watch.Delete != 0 && k.dir != 0
-	first := remove && typ != 0 && (k.op&watch.Create == 0 || fs.isThere(k.dir, k.name)) // and then it was made again, if it was
+	// It was made again, or what was done to it was before; on its own a removal comes at either place.
+	first := remove && typ != 0 && k.op&watch.Create != 0 && fs.isThere(k.dir, k.name)
 	if first {
 		fs.actRemove(a, n, k)
 	}
