@@ -89,9 +89,10 @@ func TestUnmount(t *testing.T) {
 	})
 	t.Run("by the host", func(t *testing.T) {
 		r := newRig(t, 0)
-		host := r.host("", "--guest", r.address("g"), "--mount", "code="+r.mnt)
+		host := r.host("", "--debug", "--guest", r.address("g"), "--mount", "code="+r.mnt)
 		guest := r.guest()
 		r.mounted(r.mnt)
+		host.await("what was asked for is mounted") // what is under way it would just end
 		host.stop(unix.SIGINT)
 		r.unmounted(r.mnt)
 		if s := guest.text(); strings.Contains(s, "the mount ended:") {

@@ -184,6 +184,7 @@ func (ss *session) ask(ctx context.Context, c *control, g Guest, gm GuestMount, 
 		return nil, fmt.Errorf("the guest says that mount %d stands, which there is not", r.MountID)
 	}
 	m.asked, m.wish = true, wish
+	ss.log.Debug("what was asked for is mounted", "tag", gm.Tag, "dir", quote(gm.Dir))
 	return m, nil
 }
 
