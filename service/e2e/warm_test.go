@@ -102,14 +102,23 @@ func testWarm(t *testing.T, export, mount string, blind bool, check func(r *rig,
 		look()
 		readAll(t, files)
 	}
-	look()
-	looked := r.asked(func() {
-		// As long as nobody would believe for who is not told.
-		for begin := time.Now(); time.Since(begin) < stale+soon; {
-			look()
+	var looked, read map[string]int
+	// Other tests on this machine have the kernel drop what it caches: once in a while that is in the middle.
+	for try := 1; ; try++ {
+		look()
+		looked = r.asked(func() {
+			// As long as nobody would believe for who is not told.
+			for begin := time.Now(); time.Since(begin) < stale+soon; {
+				look()
+			}
+		})
+		read = r.asked(func() { readAll(t, files) })
+		if blind || try == 4 || len(looked) == 0 && read["READ"] == 0 {
+			break
 		}
-	})
-	read := r.asked(func() { readAll(t, files) })
+		t.Logf("try %d: to look asked for %v, and to read for %v", try, looked, read)
+		readAll(t, files)
+	}
 	check(r, looked, read, len(files))
 }
 
