@@ -50,6 +50,7 @@ type caching struct {
 	queue  []change
 	last   map[change]int // where in the queue, for what need not be told twice
 	lost   bool           // tell the guest to believe nothing
+	again  bool           // which it will be told once more
 	notify *notifier
 	before bool // there has been a notify channel
 	actor  Actor
@@ -93,6 +94,16 @@ func (fs *FS) life(r *request, parent, n *node, st *unix.Statx_t) (entry, attr t
 		return fs.c.TTL, fs.c.TTL
 	case r.seq != fs.caching.seq.Load():
 		return 0, 0 // it may be old already
+	case n.typ == unix.S_IFDIR && !fs.expires():
+		_, attr = fs.watchedLife(r, parent, n, st)
+		return min(fs.c.TTL, attr), attr // its name could not be told to be asked again
+	}
+	return fs.watchedLife(r, parent, n, st)
+}
+
+// watchedLife is life where the guest is told of what is watched.
+func (fs *FS) watchedLife(r *request, parent, n *node, st *unix.Statx_t) (entry, attr time.Duration) {
+	switch {
 	case fs.c.Dirs != nil:
 		return fs.dirLife(r, parent, n, st)
 	case n.key.dev != fs.root.key.dev || n.key.mnt != fs.root.key.mnt:
@@ -114,10 +125,8 @@ func (fs *FS) absent(r *request, dir *node) time.Duration {
 		return 0
 	case fs.c.Dirs == nil && (dir.key.dev != fs.root.key.dev || dir.key.mnt != fs.root.key.mnt):
 		return 0
-	case fs.session.Load().minor < 44:
-		return fs.c.TTL // this kernel could not be told to forget all of them (INC_EPOCH)
 	}
-	return longTTL * time.Second
+	return fs.c.TTL // nobody knows which they are, to have them all forgotten
 }
 
 // openFlags are those of the reply to an OPEN of n, whose state is st now.
@@ -329,7 +338,11 @@ func (fs *FS) tellSome(batch []change, n *notifier) {
 		k := &batch[i]
 		if k.op&(watch.Create|watch.Delete|watch.Rename) != 0 {
 			n.inode(k.dir, true)
-			n.entry(k.dir, k.name)
+			if k.op&(watch.Delete|watch.Rename) == 0 && k.op&watch.IsDir != 0 && fs.isUnder(k.node, k.dir, k.name) {
+				k.quiet = true // the guest has looked already, and may have mounted something there
+			} else {
+				n.entry(k.dir, k.name)
+			}
 		}
 		if k.op&watch.Rename != 0 {
 			n.inode(k.newDir, true)
@@ -340,6 +353,14 @@ func (fs *FS) tellSome(batch []change, n *notifier) {
 		n.flushAt(fs, maxBatch)
 	}
 	n.flush(fs)
+}
+
+// isUnder tells whether a node was last seen under that name.
+func (fs *FS) isUnder(id, dir uint64, name string) bool {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	n := fs.nodes[id]
+	return n != nil && n.parent != nil && n.parent.id == dir && n.name == name
 }
 
 // undoneBy tells whether o is a rename the other way round.
@@ -361,11 +382,7 @@ func (fs *FS) tellAll(n *notifier) {
 	if n == nil {
 		return
 	}
-	s := fs.session.Load()
-	epoch := s != nil && s.minor >= 44
-	if epoch {
-		n.epoch()
-	}
+	expires := fs.expires()
 	type name struct {
 		id, dir uint64
 		name    string
@@ -374,7 +391,7 @@ func (fs *FS) tellAll(n *notifier) {
 	names := make([]name, 0, len(fs.nodes))
 	for id, x := range fs.nodes {
 		k := name{id: id}
-		if x.parent != nil && !epoch {
+		if x.parent != nil && (expires || x.typ != unix.S_IFDIR) {
 			k.dir, k.name = x.parent.id, x.name
 		}
 		names = append(names, k)
@@ -382,10 +399,33 @@ func (fs *FS) tellAll(n *notifier) {
 	fs.mu.Unlock()
 	for _, k := range names {
 		n.inode(k.id, true)
-		n.entry(k.dir, k.name)
+		if expires {
+			n.expire(k.dir, k.name)
+		} else {
+			n.entry(k.dir, k.name)
+		}
 		n.flushAt(fs, maxBatch)
 	}
 	n.flush(fs)
+	c := &fs.caching
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// A reply that was on its way may have given a name new life: once more, when it has arrived.
+	if c.again = !c.again; c.again && !c.closed {
+		time.AfterFunc(time.Second, func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.lost = true
+			c.wake.Signal()
+		})
+	}
+}
+
+// expires tells whether the guest's kernel can be told to ask again what a name leads to, without forgetting it (Linux 6.2). To forget the
+// name of a directory takes away what is mounted there.
+func (fs *FS) expires() bool {
+	s := fs.session.Load()
+	return s != nil && s.has(fuse.HAS_EXPIRE_ONLY)
 }
 
 // heard tells whether anybody is to hear of changes.

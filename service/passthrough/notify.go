@@ -87,10 +87,14 @@ func (n *notifier) entry(dir uint64, name string) {
 	n.sent = append(n.sent, sent{})
 }
 
-// epoch has the kernel look every name up again.
-func (n *notifier) epoch() {
-	n.begin(fuse.NOTIFY_INC_EPOCH, 0)
-	n.sent = append(n.sent, sent{})
+// expire has the kernel ask again what a name leads to, before it believes it.
+func (n *notifier) expire(dir uint64, name string) {
+	if n == nil || dir == 0 || name == "" {
+		return
+	}
+	n.entry(dir, name)
+	// The flags are the last field of the structure before the name.
+	binary.NativeEndian.PutUint32(n.buf[len(n.buf)-len(name)-1-4:], fuse.EXPIRE_ONLY)
 }
 
 // flushAt is flush if k notifications are there.
