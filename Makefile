@@ -61,11 +61,11 @@ demo: build ## export, mount and use a directory here, no VM needed; DIR=/some/d
 
 test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on real mounts
 	@.ci/deps fuse3 acl attr git dbus-daemon systemd man-db
-	$(GO) test -timeout 10m ./...
+	$(GO) test -timeout 15m ./...
 
 test-vm: ## the same and more over real virtio-vsock, in a Debian VM (built and cached first)
 	@.ci/deps debootstrap e2fsprogs util-linux debian-archive-keyring
-	$(GO) test -tags vm -count 1 -timeout 30m -v ./service/vmtest
+	$(GO) test -tags vm -count 1 -timeout 60m -v ./service/vmtest
 
 bench: ## time transfused, bindfs and sshfs side by side on one tree
 	@.ci/deps fuse3 bindfs sshfs openssh-sftp-server git

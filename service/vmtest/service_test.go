@@ -369,7 +369,7 @@ func testServiceStop(t *testing.T, r *serviceRig) {
 
 // upgrades is how often the package is installed over itself: $TRANSFUSED_UPGRADES, for releases 20. An emulated CPU takes 15 s for each.
 func upgrades(t *testing.T) int {
-	n, err := strconv.Atoi(cmp.Or(os.Getenv("TRANSFUSED_UPGRADES"), "4"))
+	n, err := strconv.Atoi(cmp.Or(os.Getenv("TRANSFUSED_UPGRADES"), "2"))
 	if err != nil {
 		t.Fatalf("TRANSFUSED_UPGRADES: %v", err)
 	}
