@@ -394,7 +394,8 @@ func TestWatchedDirsShared(t *testing.T) {
 	g := &guest{t: t, fs: fs, dir: p.dir, early: map[uint64]answer{}}
 	ended := g.dial()
 	g.init()
-	_, b := pair(t)
+	a, b := pair(t)
+	defer a.Close() // not before: its end is that of the channel
 	fs.Notify(b)
 	g.call(fuse.OpLookup, 1, body("nothing"))
 	equal(t, "watches of one directory", watches(t), 1)
