@@ -52,8 +52,7 @@ type mountOrder struct {
 }
 
 // notifyOrder passes the notify channel of a mount, and eventsOrder the session's event channel, whose thread in the guest acts. Both have been
-// answered.
-// Number says which of two came later.
+// answered. Number says which of two came later.
 type notifyOrder struct {
 	MountID uint32
 	Number  uint64

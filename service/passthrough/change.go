@@ -48,9 +48,8 @@ type caching struct {
 	mu     sync.Mutex
 	wake   sync.Cond
 	queue  []change
-	last   map[change]int // where in the queue, for what need not be told twice
-	lost   bool           // tell the guest to believe nothing
-	again  bool           // which it will be told once more
+	lost   bool // tell the guest to believe nothing
+	again  bool // which it will be told once more
 	notify *notifier
 	before bool // there has been a notify channel
 	actor  Actor
@@ -198,33 +197,13 @@ func (c *caching) add(k change) {
 	}
 	if len(c.queue) == maxQueue {
 		c.queue, c.lost = nil, true
-		clear(c.last)
 		c.wake.Signal()
 		return
 	}
-	if k.op&(watch.Modify|watch.Attrib|watch.CloseWrite) != 0 {
-		if i, ok := c.last[k]; ok && c.settled(i, k) {
-			return
-		}
-		c.last[k] = len(c.queue)
-	}
-	c.queue = append(c.queue, k)
+	c.queue = withChange(c.queue, &k)
 	if len(c.queue) == 1 {
 		c.wake.Signal()
 	}
-}
-
-// settled tells whether nothing about the same file has come after the i-th change, which is like k.
-func (c *caching) settled(i int, k change) bool {
-	for j := range c.queue[i+1:] {
-		if c.queue[i+1+j].about(&k) {
-			return false
-		}
-		if len(c.queue)-i > maxBatch {
-			return false
-		}
-	}
-	return true
 }
 
 // distrust has the guest told to believe nothing that it has cached.
@@ -234,16 +213,14 @@ func (fs *FS) distrust() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.queue, c.lost = nil, true
-	clear(c.last)
 	c.wake.Signal()
 }
 
-// begin starts the goroutine that tells. It needs c.mu.
+// beginTelling starts the goroutine that tells. It needs c.mu.
 func (fs *FS) beginTelling() {
 	c := &fs.caching
 	if c.done == nil && !c.closed {
 		c.done = make(chan struct{})
-		c.last = map[change]int{}
 		go fs.tell()
 	}
 }
@@ -279,7 +256,6 @@ func (fs *FS) tell() {
 		}
 		batch, lost, n, a := c.queue, c.lost, c.notify, c.actor
 		c.queue, c.lost = nil, false
-		clear(c.last)
 		c.mu.Unlock()
 		if lost {
 			fs.tellAll(n)
@@ -295,7 +271,7 @@ func (fs *FS) tell() {
 			k := &batch[i]
 			k.exchange = i+1 < len(batch) && k.undoneBy(&batch[i+1]) || i > 0 && k.undoneBy(&batch[i-1])
 			if !k.quiet {
-				acts = withAct(acts, k)
+				acts = withChange(acts, k)
 			}
 		}
 		if len(acts) > maxQueue {
@@ -309,19 +285,19 @@ func (fs *FS) tell() {
 	}
 }
 
-// withAct adds what is to be acted, unless the like of it waits already, and nothing about the same file has come since.
-func withAct(acts []change, k *change) []change {
-	if k.op&^(watch.Modify|watch.Attrib|watch.CloseWrite) == 0 {
-		for i := len(acts) - 1; i >= max(0, len(acts)-maxBatch); i-- {
-			if acts[i] == *k {
-				return acts
+// withChange adds a change to a queue, unless the like of it waits already, and nothing about the same file has come since.
+func withChange(queue []change, k *change) []change {
+	if k.op&^(watch.Modify|watch.Attrib|watch.CloseWrite|watch.IsDir) == 0 {
+		for i := len(queue) - 1; i >= max(0, len(queue)-maxBatch); i-- {
+			if queue[i] == *k {
+				return queue
 			}
-			if acts[i].about(k) {
+			if queue[i].about(k) {
 				break
 			}
 		}
 	}
-	return append(acts, *k)
+	return append(queue, *k)
 }
 
 // about tells whether k may be about the same file as o.
@@ -400,7 +376,7 @@ func (fs *FS) tellAll(n *notifier) {
 	for _, k := range names {
 		n.inode(k.id, true)
 		if expires {
-			n.expire(k.dir, k.name)
+			n.name(k.dir, k.name, fuse.EXPIRE_ONLY)
 		} else {
 			n.entry(k.dir, k.name)
 		}

@@ -46,7 +46,7 @@ func (fs *FS) Notify(conn io.ReadWriteCloser) {
 	c.told.Store(true)
 }
 
-// ended takes a notifier away that has failed.
+// notifyEnded takes a notifier away that has failed.
 func (fs *FS) notifyEnded(n *notifier) {
 	c := &fs.caching
 	c.mu.Lock()
@@ -77,24 +77,17 @@ func (n *notifier) inode(id uint64, data bool) {
 }
 
 // entry has the kernel forget what a name leads to, or that it leads to nothing.
-func (n *notifier) entry(dir uint64, name string) {
+func (n *notifier) entry(dir uint64, name string) { n.name(dir, name, 0) }
+
+// name is entry; with EXPIRE_ONLY the kernel asks again what the name leads to, before it believes it.
+func (n *notifier) name(dir uint64, name string, flags uint32) {
 	if n == nil || dir == 0 || name == "" {
 		return
 	}
 	n.begin(fuse.NOTIFY_INVAL_ENTRY, 16+len(name)+1)
-	n.buf = fuse.Append(n.buf, &fuse.NotifyInvalEntryOut{Parent: dir, Namelen: uint32(len(name))})
+	n.buf = fuse.Append(n.buf, &fuse.NotifyInvalEntryOut{Parent: dir, Namelen: uint32(len(name)), Flags: flags})
 	n.buf = append(append(n.buf, name...), 0)
 	n.sent = append(n.sent, sent{})
-}
-
-// expire has the kernel ask again what a name leads to, before it believes it.
-func (n *notifier) expire(dir uint64, name string) {
-	if n == nil || dir == 0 || name == "" {
-		return
-	}
-	n.entry(dir, name)
-	// The flags are the last field of the structure before the name.
-	binary.NativeEndian.PutUint32(n.buf[len(n.buf)-len(name)-1-4:], fuse.EXPIRE_ONLY)
 }
 
 // flushAt is flush if k notifications are there.

@@ -97,9 +97,14 @@ func (r *request) handleOf(id, fh uint64) (*handle, fuse.Errno) {
 	}
 	h.refs++
 	fs.mu.Unlock()
+	return r.hold(h), 0
+}
+
+// hold keeps a handle, of which the request has a reference, until the request ends.
+func (r *request) hold(h *handle) *handle {
 	r.held[r.nheld] = h
 	r.nheld++
-	return h, 0
+	return h
 }
 
 // release gives back all that the request kept.

@@ -45,9 +45,7 @@ func (r *request) sharedHandle(id uint64) (*handle, fuse.Errno) {
 		h.refs++
 		h.used = true
 		fs.mu.Unlock()
-		r.held[r.nheld] = h
-		r.nheld++
-		return h, 0
+		return r.hold(h), 0
 	}
 	fs.mu.Unlock()
 	n, e := r.node(id)
@@ -94,9 +92,7 @@ func (r *request) sharedHandle(id uint64) (*handle, fuse.Errno) {
 		}
 	}
 	fs.unlock()
-	r.held[r.nheld] = h
-	r.nheld++
-	return h, 0
+	return r.hold(h), 0
 }
 
 // unshare needs FS.mu, and FS.unlock after it.
