@@ -266,10 +266,16 @@ func (p *program) child() int {
 	return pids[0]
 }
 
-// descriptors counts those of a process.
-func descriptors(pid int) int {
-	fds, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	return len(fds)
+// descriptors counts those of a process that are of files. Its sockets come one by one, with the channels of a mount.
+func descriptors(pid int) (n int) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	fds, _ := os.ReadDir(dir)
+	for _, fd := range fds {
+		if to, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil && strings.HasPrefix(to, "/") {
+			n++
+		}
+	}
+	return n
 }
 
 // mounted waits until dir is a mount of ours, and unmounted until it is none.

@@ -178,7 +178,7 @@ func (r *rig) suites(host, guest *program, s suiteSpec) {
 	}
 	// The directory of the suites itself is known now.
 	if after > before+2 {
-		t.Errorf("the worker had %d descriptors before the suites and has %d after them", before, after)
+		t.Errorf("the worker had %d descriptors of files before the suites and has %d after them", before, after)
 		t.Log(r.run("ls", "-l", fmt.Sprintf("/proc/%d/fd", worker)))
 	}
 	guest.stop(unix.SIGTERM)

@@ -91,7 +91,8 @@ type helperServer struct {
 
 type helperMount struct {
 	point    *point   // nil: it is in another mount namespace, or was moved; it can't be reached from here
-	target   *os.File // and mnt: until it is attached
+	unseen   sync.Mutex // guards target and mnt, and is held while it is attached
+	target   *os.File   // and mnt: until it is attached
 	mnt      *os.File
 	keep     bool
 	notify   io.Closer // the notify channel, when it is there; guarded by helperServer.mu
@@ -171,12 +172,14 @@ func (h *helperServer) serve(q call, files []*os.File) (r report, made []*os.Fil
 		switch m := h.take(q.Key, false); {
 		case m == nil:
 		case m.point != nil:
+			m.neverSeen()
 			err = m.point.unmount(h.fusermount, q.How)
 		case q.How != howForce:
 			err = fmt.Errorf("it can't be reached from here: umount it where it is: %w", unix.ENOENT)
 		}
 	case opForget:
 		if m := h.take(q.Key, true); m != nil {
+			m.neverSeen()
 			if q.Force && m.point != nil {
 				if err := m.point.unmount(h.fusermount, howForce); err != nil {
 					h.logf("detach %s: %s", m.point.dir, err) // nobody waits for the answer
@@ -330,17 +333,17 @@ func (h *helperServer) mount(q call, target *os.File) (made []*os.File, err erro
 func (h *helperServer) attach(q call) (mountID, error) {
 	h.mu.Lock()
 	m := h.mounts[q.Key]
-	var mnt, target *os.File
-	if m != nil {
-		mnt, target, m.mnt, m.target = m.mnt, m.target, nil, nil
-	}
 	h.mu.Unlock()
 	if m == nil || m.point == nil {
 		return mountID{}, nil // it has ended, or is for another namespace
 	}
+	m.unseen.Lock()
+	defer m.unseen.Unlock()
+	mnt, target := m.mnt, m.target
+	m.mnt, m.target = nil, nil
 	defer target.Close()
 	if mnt == nil {
-		return m.point.id, nil // fusermount3 did it
+		return m.point.id, nil // fusermount3 did it, or it has ended
 	}
 	defer mnt.Close()
 	if err := attach(mnt, int(target.Fd())); err != nil {
@@ -401,13 +404,18 @@ func (h *helperServer) remount(q call) error {
 	return nil
 }
 
+// neverSeen ends the attaching of m: it waits for one that is under way, and there is none after it.
+func (m *helperMount) neverSeen() {
+	m.unseen.Lock()
+	defer m.unseen.Unlock()
+	m.target.Close()
+	m.mnt.Close()
+	m.target, m.mnt = nil, nil
+}
+
 // close lets go of what m holds; the mount itself stays.
 func (m *helperMount) close() {
-	for _, f := range []*os.File{m.target, m.mnt} {
-		if f != nil {
-			f.Close()
-		}
-	}
+	m.neverSeen()
 	if m.point != nil {
 		m.point.close()
 	}

@@ -44,9 +44,10 @@ func awaitMounted(t *testing.T, dir string, want bool) {
 func TestMountGivenUp(t *testing.T) {
 	fstest.Leaks(t)
 	h := newHelper(t)
-	for _, late := range []bool{true, false} {
-		dir := filepath.Join(t.TempDir(), "mnt")
-		id, waiting, err := h.start(call{Op: opMount, Key: 1, Dir: dir})
+	for i := range 100 { // whether it has come, or been attached meanwhile, is a matter of microseconds
+		late := i%2 == 0
+		key, dir := uint64(i+1), filepath.Join(t.TempDir(), "mnt")
+		id, waiting, err := h.start(call{Op: opMount, Key: key, Dir: dir})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -60,7 +61,7 @@ func TestMountGivenUp(t *testing.T) {
 		}
 		for until := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
 			ctx, cancel := context.WithTimeout(t.Context(), wait)
-			a, err := h.call(ctx, call{Op: opAttach, Key: 1})
+			a, err := h.call(ctx, call{Op: opAttach, Key: key})
 			cancel()
 			if err != nil || time.Now().After(until) {
 				t.Fatalf("the mount is still there: %+v, %v", a.Mount, err)
