@@ -54,7 +54,7 @@ var errMiss = errors.New("a floor was missed")
 
 func run(ctx context.Context) error {
 	bin := flag.String("bin", "", "`directory` of transfused and transfuse-host; default: build them")
-	dir := flag.String("dir", "/dev/shm", "work below this `directory`, a tmpfs with 3 GiB free")
+	dir := flag.String("dir", "/dev/shm", "work below this `directory`, a tmpfs with 5 GiB free")
 	runs := flag.Int("runs", 5, "rounds of each case; large transfers take 3 at most")
 	cases := flag.String("cases", "", "comma-separated `cases`; default: all of "+strings.Join(caseNames(), ","))
 	peers := flag.String("peers", strings.Join(peerNames, ","), "comma-separated `peers` to measure")
@@ -98,6 +98,13 @@ func run(ctx context.Context) error {
 	fmt.Fprintln(os.Stderr, "making the tree")
 	if err := makeTree(ctx, c.Dir, c.Scale); err != nil {
 		return fmt.Errorf("make the tree: %w", err)
+	}
+	if slices.Contains(c.Peers, ours) {
+		undo, err := copyForOurs(ctx, c.Dir)
+		if err != nil {
+			return fmt.Errorf("copy the tree: %w", err)
+		}
+		defer undo()
 	}
 
 	r := report{Host: machine(), Peers: c.Peers}

@@ -47,8 +47,11 @@ type process struct {
 
 func newPeer(name string, c config) *peer {
 	p := &peer{name: name, c: c, src: filepath.Join(c.Dir, "tree"), dir: filepath.Join(c.Dir, "mnt-"+name)}
-	if name == bare {
+	switch name {
+	case bare:
 		p.dir = p.src
+	case ours:
+		p.src = filepath.Join(c.Dir, ours, "tree")
 	}
 	return p
 }

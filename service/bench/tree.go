@@ -11,6 +11,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // scale is how much each case does.
@@ -62,6 +64,27 @@ func makeTree(ctx context.Context, dir string, s scale) error {
 		}
 	}
 	return nil
+}
+
+// copyForOurs gives our host a tree of its own, on a file system of its own where we may mount one: it watches what it exports,
+// and what the other peers do would cost them and it time, as changes that the mount is told of.
+func copyForOurs(ctx context.Context, dir string) (undo func(), err error) {
+	own := filepath.Join(dir, ours)
+	if err := os.Mkdir(own, 0o755); err != nil {
+		return nil, err
+	}
+	undo = func() {}
+	if os.Geteuid() == 0 { // others can't watch a whole file system either
+		if err := unix.Mount(ours, own, "tmpfs", 0, ""); err != nil {
+			return nil, err
+		}
+		undo = func() { unix.Unmount(own, unix.MNT_DETACH) }
+	}
+	if out, err := exec.CommandContext(ctx, "cp", "-a", filepath.Join(dir, "tree"), own).CombinedOutput(); err != nil {
+		undo()
+		return nil, fmt.Errorf("%w: %s", err, out)
+	}
+	return undo, nil
 }
 
 // makeFiles makes n files of up to size bytes, old enough for git to trust

@@ -90,7 +90,7 @@ type helperServer struct {
 }
 
 type helperMount struct {
-	point    *point   // nil: it is in another mount namespace, or was moved; it can't be reached from here
+	point    *point     // nil: it is in another mount namespace, or was moved; it can't be reached from here
 	unseen   sync.Mutex // guards target and mnt, and is held while it is attached
 	target   *os.File   // and mnt: until it is attached
 	mnt      *os.File
