@@ -4,7 +4,6 @@ package watch
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -23,9 +22,9 @@ const readSize = 256 << 10
 // It owns the fanotify group, and a goroutine that reads it and calls the trees' functions.
 type Watcher struct {
 	log  *slog.Logger
-	file *os.File // the fanotify group
+	fd   int // the fanotify group
+	end  int // an event descriptor: it is to end
 	done chan struct{}
-	end  chan struct{}
 	once sync.Once
 
 	// mu guards what follows, and the trees' lists of changes. It is not held while a tree's function is called. Lock order: Tree.calling, mu.
@@ -100,11 +99,16 @@ func New(log *slog.Logger) (*Watcher, error) {
 		}
 		return nil, fmt.Errorf("fanotify: %w%s", os.NewSyscallError("fanotify_init", err), why)
 	}
+	end, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("eventfd", err)
+	}
 	w := &Watcher{
 		log:     log,
-		file:    os.NewFile(uintptr(fd), "fanotify"),
+		fd:      fd,
+		end:     end,
 		done:    make(chan struct{}),
-		end:     make(chan struct{}),
 		volumes: make(map[uint64]*volume),
 		readErr: time.Second,
 	}
@@ -115,12 +119,14 @@ func New(log *slog.Logger) (*Watcher, error) {
 // Close ends the watcher and its trees: no function runs any more when it returns. A tree's function must not call it.
 func (w *Watcher) Close() {
 	w.once.Do(func() {
-		close(w.end)
-		w.file.Close()
+		one := [8]byte{1}
+		unix.Write(w.end, one[:])
 		<-w.done
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.closed = true
+		unix.Close(w.fd)
+		unix.Close(w.end)
 		for _, vol := range w.volumes {
 			for _, v := range vol.views {
 				for _, trees := range v.roots {
@@ -250,18 +256,9 @@ func (v *view) usable(key string) error {
 	return unix.Close(fd)
 }
 
-// mark adds or removes the mark of the file system that fd is of.
+// mark adds or removes the mark of the file system that fd is of. It needs w.mu.
 func (w *Watcher) mark(flag uint, fd int) error {
-	c, err := w.file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	if e := c.Control(func(group uintptr) {
-		err = unix.FanotifyMark(int(group), flag|unix.FAN_MARK_FILESYSTEM, mask, fd, "")
-	}); e != nil {
-		return e
-	}
-	return err
+	return unix.FanotifyMark(w.fd, flag|unix.FAN_MARK_FILESYSTEM, mask, fd, "")
 }
 
 // hint says what helps.
@@ -324,10 +321,14 @@ func (w *Watcher) run() {
 	buf, b := make([]byte, readSize), newBatch()
 	var calmed time.Duration
 	for {
-		n, err := w.file.Read(buf)
-		if errors.Is(err, os.ErrClosed) {
+		if w.wait(w.fd, -1) {
 			return
 		}
+		n, err := unix.Read(w.fd, buf)
+		if err == unix.EAGAIN || err == unix.EINTR {
+			continue
+		}
+		err = os.NewSyscallError("read", err)
 		if err == nil {
 			err = b.fill(buf[:n])
 		} else {
@@ -364,13 +365,23 @@ func (w *Watcher) run() {
 		default:
 			calmed = 0
 		}
-		if pause > 0 {
-			select {
-			case <-w.end:
-			case <-time.After(pause):
-			}
+		if pause > 0 && w.wait(-1, pause) {
+			return
 		}
 	}
+}
+
+// wait waits until fd can be read (-1: none), for so long at most (negative: for ever), and tells whether the watcher is to end.
+// It is a thread of its own that waits: the runtime's poller would be woken by each change during a pause, too.
+func (w *Watcher) wait(fd int, limit time.Duration) (end bool) {
+	fds := []unix.PollFd{{Fd: int32(w.end), Events: unix.POLLIN}, {Fd: int32(fd), Events: unix.POLLIN}}
+	ms := -1
+	if limit >= 0 {
+		ms = int(limit.Milliseconds())
+	}
+	// Interrupted, it is a short pause, or a read that finds nothing.
+	_, _ = unix.Poll(fds, ms)
+	return fds[0].Revents != 0
 }
 
 // tell gives the tree's changes to its function.

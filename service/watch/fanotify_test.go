@@ -3,14 +3,17 @@
 package watch
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	fusefs "github.com/hanwen/go-fuse/v2/fuse"
@@ -328,10 +331,7 @@ func TestClose(t *testing.T) {
 // marks counts the marks of the group.
 func marks(t testing.TB, w *Watcher) int {
 	t.Helper()
-	c, err := w.file.SyscallConn()
-	ok(t, err)
-	var b []byte
-	c.Control(func(fd uintptr) { b, err = os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd)) })
+	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", w.fd))
 	ok(t, err)
 	return strings.Count(string(b), "fanotify sdev:")
 }
@@ -442,4 +442,60 @@ func TestPrivilege(t *testing.T) {
 			t.Log(err)
 		}
 	}
+}
+
+// watchEnv names the directory that a process of its own watches, leaving everybody out, until its input ends.
+const watchEnv = "TRANSFUSED_TEST_WATCH"
+
+// Changes of who is left out wake the watcher's process now and then, not each time: it may share a CPU with who makes them.
+func TestLeftOutWakesSeldom(t *testing.T) {
+	if dir := os.Getenv(watchEnv); dir != "" {
+		w, _ := newWatcher(t)
+		w.LeaveOut(func(int) bool { return true })
+		watchDir(t, w, dir)
+		fmt.Println("watched")
+		io.Copy(io.Discard, os.Stdin)
+		return
+	}
+	dir := tmpfs(t)
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestLeftOutWakesSeldom$")
+	cmd.Env = append(os.Environ(), watchEnv+"="+dir)
+	in, err := cmd.StdinPipe()
+	ok(t, err)
+	out, err := cmd.StdoutPipe()
+	ok(t, err)
+	ok(t, cmd.Start())
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if line != "watched\n" {
+		t.Fatalf("the watching process says %q, %v", line, err)
+	}
+	begin, before := time.Now(), switches(t, cmd.Process.Pid)
+	const n = 10000
+	for range n / 2 {
+		ok(t, os.Mkdir(filepath.Join(dir, "d"), 0o755))
+		ok(t, os.Remove(filepath.Join(dir, "d")))
+	}
+	// Most of a pause's ten are of the runtime's own threads.
+	pauses := int(time.Since(begin)/maxCalm) + 5
+	if woken := switches(t, cmd.Process.Pid) - before; woken > 10*pauses {
+		t.Errorf("%d changes in %v put the threads to sleep %d times; want %d at most", n, time.Since(begin), woken, 10*pauses)
+	}
+	in.Close()
+	ok(t, cmd.Wait())
+}
+
+// switches counts how often the threads of a process went to sleep.
+func switches(t testing.TB, pid int) (n int) {
+	t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	ok(t, err)
+	for _, task := range tasks {
+		b, _ := os.ReadFile(task) // it may have ended
+		if _, rest, found := strings.Cut(string(b), "\nvoluntary_ctxt_switches:"); found {
+			var k int
+			fmt.Sscan(rest, &k)
+			n += k
+		}
+	}
+	return n
 }
