@@ -17,7 +17,7 @@ import (
 )
 
 // scriptTime bounds one script and one daemon's end. Emulated CPUs are slow, and slower beside other work.
-const scriptTime = 4 * time.Minute
+const scriptTime = 8 * time.Minute
 
 // lab is the VM with our programs in it.
 type lab struct {

@@ -82,7 +82,8 @@ func Boot(ctx context.Context, im *Images, c Config) (_ *VM, err error) {
 		"-drive", "file=/image/disk.img,format=raw,if=virtio,snapshot=on,cache=unsafe",
 		"-chardev", "socket,id=vsock,path=" + room.path("vhost.sock"), "-device", "vhost-user-vsock-pci,chardev=vsock",
 	}
-	commandLine := fmt.Sprintf("root=/dev/vda rw console=ttyS0 panic=-1 quiet systemd.set_credential=vmm.notify_socket:vsock-stream:2:%d", notifyPort)
+	// An emulated CPU has nothing to be guarded against, and is quicker without: find by a quarter.
+	commandLine := fmt.Sprintf("root=/dev/vda rw console=ttyS0 panic=-1 quiet mitigations=off no5lvl systemd.set_credential=vmm.notify_socket:vsock-stream:2:%d", notifyPort)
 	for name, text := range c.CommandLine {
 		commandLine += fmt.Sprintf(" systemd.set_credential_binary=%s:%s", name, base64.StdEncoding.EncodeToString([]byte(text)))
 	}
