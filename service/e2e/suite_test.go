@@ -110,8 +110,6 @@ func TestSuites(t *testing.T) {
 					"attr/ctime":      "the guest's kernel keeps the times of files that it writes back",
 					"fallocate/punch": "blocks are counted when they have been written back",
 					"sparse/blocks":   "blocks are counted when they have been written back",
-					"overlay/lower":   "mounting it is ENOENT after the other cases, though not by itself: not understood",
-					"overlay/upper":   "mounting it is ENOENT after the other cases, though not by itself: not understood",
 				})
 			}
 			r := newRig(t, 0)

@@ -134,7 +134,10 @@ func (e *env) overlay(lower, upper string) {
 	write(lower+"/old/file", "lower")
 	e.ok(os.Symlink("keep", lower+"/link"), "symlink")
 
-	err := unix.Mount("fstest", merged, "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, upper, work))
+	// The test's name is in the paths, and may have a comma in it.
+	quote := strings.NewReplacer(`\`, `\\`, `,`, `\,`, `:`, `\:`).Replace
+	options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", quote(lower), quote(upper), quote(work))
+	err := unix.Mount("fstest", merged, "overlay", 0, options)
 	if err == unix.ENODEV {
 		e.notRun("this kernel has no overlay file system")
 	}
@@ -187,7 +190,7 @@ func (e *env) overlay(lower, upper string) {
 	e.ok(unix.Lstat(upper+"/remove", &st), "look at the whiteout")
 	e.eq([]uint64{uint64(st.Mode & unix.S_IFMT), uint64(st.Rdev)}, []uint64{unix.S_IFCHR, 0}, "the whiteout")
 
-	e.ok(unix.Mount("fstest", merged, "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, upper, work)), "mount the overlay again")
+	e.ok(unix.Mount("fstest", merged, "overlay", 0, options), "mount the overlay again")
 	unmounted = false
 	check()
 	unmount()
