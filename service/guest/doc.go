@@ -66,7 +66,8 @@
 // # Events
 //
 // The thread whose id the host knows makes the call of each event and nothing else; parents are resolved by
-// other threads, whose LOOKUPs the host answers as anybody's. So the host can tell what it must fake.
+// other threads, whose LOOKUPs the host answers as anybody's. So the host can tell what it must fake. In version 1 a name
+// that is not there is not worth a line: the host has one removed to see where a path leads.
 //
 // # Peers
 //

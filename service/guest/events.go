@@ -95,7 +95,8 @@ func (h *helperServer) serveEvents1(conn io.ReadWriteCloser) {
 			h.send(report{Pong: true})
 			continue
 		}
-		if err := h.act1(a, e); err != nil {
+		// That something is not there is ordinary: the host's files may be others by now, or it looks where the path leads.
+		if err := h.act1(a, e); err != nil && !errors.Is(err, unix.ENOENT) {
 			h.logf("Event %s %s error: %s", actionName(e.Action), e.Path, err)
 		}
 	}

@@ -217,6 +217,12 @@ func TestV1EventsPointOut(t *testing.T) {
 	if n, _ := os.ReadDir(outside); len(n) != 1 {
 		t.Errorf("outside: %v", n)
 	}
+	// What is not there is no failure to speak of.
+	send(event1(dir+"/none", 1))
+	send(event1(victim, 4))
+	if got := h.message(1); !strings.Contains(got, victim) {
+		t.Errorf("logged %q", got)
+	}
 	// The channel still works.
 	send(event1("", 128))
 	h.message(3)
