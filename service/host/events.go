@@ -25,6 +25,7 @@ type eventChannel struct {
 	conn   *transport.Conn
 	number uint64 // of the channel
 	thread uint32
+	plain  bool          // the guest speaks version 1: the thread is known for as long as all of its channels last
 	ended  chan struct{} // closed when the guest's end is gone, or breaks the protocol
 	done   chan *wire.EventDone
 
@@ -41,6 +42,7 @@ type mountActor struct {
 func (c *eventChannel) actor(id uint32) passthrough.Actor { return &mountActor{c, id} }
 
 func (a *mountActor) Thread() uint32 { return a.thread }
+func (a *mountActor) Plain() bool    { return a.plain }
 
 // actions are the calls as the wire has them.
 var actions = map[passthrough.ActOp]wire.Action{
@@ -51,6 +53,9 @@ var actions = map[passthrough.ActOp]wire.Action{
 
 // Act has the guest make a call, and waits until it is done.
 func (a *mountActor) Act(act passthrough.Act) fuse.Errno {
+	if max(len(act.Path), len(act.NewPath)) > wire.MaxPath {
+		return unix.ENAMETOOLONG
+	}
 	c := a.eventChannel
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -108,7 +113,7 @@ func (c *eventChannel) read() error {
 // serveEvents takes the session's event channel. A second one takes the place of the first.
 func (w *worker) serveEvents(o *eventsOrder, f *os.File) {
 	conn := transport.NewConn(f, o.Peer)
-	c := &eventChannel{conn: conn, number: o.Number, thread: o.Thread, ended: make(chan struct{}), done: make(chan *wire.EventDone, 1)}
+	c := &eventChannel{conn: conn, number: o.Number, thread: o.Thread, plain: o.Plain, ended: make(chan struct{}), done: make(chan *wire.EventDone, 1)}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.events != nil {
@@ -119,6 +124,9 @@ func (w *worker) serveEvents(o *eventsOrder, f *os.File) {
 		w.events.conn.Close()
 	}
 	w.events = c
+	if c.plain {
+		w.plain.Store(c)
+	}
 	for id, m := range w.mounts {
 		m.fs.Act(c.actor(id))
 	}
@@ -137,6 +145,25 @@ func (w *worker) serveEvents(o *eventsOrder, f *os.File) {
 	}()
 }
 
+// channelEnded ends what a guest of version 1 acts, with whichever of its channels ended: its daemon may be gone, and the thread's id
+// be another's.
+func (w *worker) channelEnded() {
+	if c := w.plain.Load(); c != nil {
+		c.conn.Close()
+	}
+}
+
+// notifyChannel is a notify channel, whose end is not unseen. It may be closed under locks of passthrough.
+type notifyChannel struct {
+	*transport.Conn
+	w *worker
+}
+
+func (c notifyChannel) Close() error {
+	defer c.w.channelEnded()
+	return c.Conn.Close()
+}
+
 // notify takes the notify channel of a mount.
 func (w *worker) notify(o *notifyOrder, f *os.File) error {
 	conn := transport.NewConn(f, o.Peer)
@@ -152,6 +179,6 @@ func (w *worker) notify(o *notifyOrder, f *os.File) error {
 		return nil
 	}
 	m.notify = o.Number
-	m.fs.Notify(conn)
+	m.fs.Notify(notifyChannel{conn, w})
 	return nil
 }

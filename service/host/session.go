@@ -339,7 +339,7 @@ func (ss *session) addMount(of *Export, e Export, dir string) (*mount, error) {
 	if err != nil {
 		return nil, err
 	}
-	noFlush, watched, err := w.mount(mountOrder{MountID: m.id, Ahead: ss.version >= wire.Version2, Keep: m.keep}, &e)
+	noFlush, watched, err := w.mount(mountOrder{MountID: m.id, Ahead: ss.version >= wire.Version2, Reread: ss.version < wire.Version2, Keep: m.keep}, &e)
 	m.noFlush = noFlush
 	ss.mu.Lock()
 	m.watched = watched
@@ -609,7 +609,7 @@ func (ss *session) openEvents(c *transport.Conn, o *wire.EventOpen) error {
 	if w == nil {
 		return nil // between two; the guest dials again
 	}
-	if err := w.eventChannel(o.ThreadID, n, c); err != nil {
+	if err := w.eventChannel(o.ThreadID, n, false, c); err != nil {
 		ss.log.Warn("event channel lost", "error", err)
 	}
 	return nil

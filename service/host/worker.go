@@ -47,6 +47,7 @@ type mountOrder struct {
 	Tag     string
 	Options Options
 	Ahead   bool // passthrough.Config's
+	Reread  bool // passthrough.Config's
 	Keep    bool // the mount outlives its streams
 	Watched bool // changes on the host come; else the worker watches itself, if it can
 }
@@ -62,6 +63,7 @@ type notifyOrder struct {
 type eventsOrder struct {
 	Thread uint32
 	Number uint64
+	Plain  bool // passthrough.Actor's
 	Peer   transport.Peer
 }
 
@@ -123,6 +125,7 @@ type worker struct {
 	mu      sync.Mutex // guards the rest, and what is in mounts
 	mounts  map[uint32]*workerMount
 	events  *eventChannel                  // nil: none
+	plain   atomic.Pointer[eventChannel]   // the last one of version 1
 	changes *changes                       // set once, before the first mount
 	several atomic.Bool                    // there is more than one mount
 	dirs    *passthrough.DirWatches        // of all mounts whose changes the parent does not see; nil: of none yet
@@ -253,7 +256,7 @@ func (w *worker) mount(o *mountOrder, root *os.File) (blind string, err error) {
 		RootAs: o.Options.Root, UIDs: o.Options.UIDs, GIDs: o.Options.GIDs, Squash: o.Options.Squash,
 		Submounts: o.Options.Submounts, Xattr: o.Options.Xattr, XattrMap: o.Options.XattrMap,
 		Cache: o.Options.Cache, Writeback: o.Options.Writeback,
-		Ahead: o.Ahead, Changed: changed, Heard: heard, Dirs: dirs, Log: w.log.With("tag", o.Tag),
+		Ahead: o.Ahead, Reread: o.Reread, Changed: changed, Heard: heard, Dirs: dirs, Log: w.log.With("tag", o.Tag),
 	})
 	if err != nil {
 		return "", fmt.Errorf("export %s: %w", o.Tag, err)
@@ -346,6 +349,7 @@ func (w *worker) serveStream(m *workerMount, s *workerStream, reply bool) error 
 
 // ended takes away a stream, and with the last one its mount, unless that is kept.
 func (w *worker) ended(id uint32, m *workerMount, s *workerStream, err error) {
+	w.channelEnded()
 	w.mu.Lock()
 	last := m.last == s
 	if last {

@@ -250,8 +250,8 @@ func (w *workerProc) notify(id uint32, n uint64, c *transport.Conn) error {
 	return w.pass(order{Notify: &notifyOrder{id, n, c.Peer()}}, c)
 }
 
-func (w *workerProc) eventChannel(thread uint32, n uint64, c *transport.Conn) error {
-	return w.pass(order{Events: &eventsOrder{thread, n, c.Peer()}}, c)
+func (w *workerProc) eventChannel(thread uint32, n uint64, plain bool, c *transport.Conn) error {
+	return w.pass(order{Events: &eventsOrder{thread, n, plain, c.Peer()}}, c)
 }
 
 func (w *workerProc) pass(o order, c *transport.Conn) error {

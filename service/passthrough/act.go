@@ -3,9 +3,13 @@
 package passthrough
 
 import (
+	"math/rand/v2"
+	"path"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -18,7 +22,10 @@ import (
 type Actor interface {
 	// Thread is the id of the thread that makes the calls, as requests have it.
 	Thread() uint32
-	// Act has one call made, and returns its errno when it is done; EPIPE when it will never be known to be.
+	// Plain tells that it knows no rename, no close-write and no node but a regular file, can't tell the errno of a call, and follows
+	// paths wherever they lead.
+	Plain() bool
+	// Act has one call made, and returns its errno when it is done, 0 if that is Plain; EPIPE when it will never be known to be.
 	Act(Act) fuse.Errno
 }
 
@@ -70,8 +77,11 @@ type acting struct {
 	gone        bool   // it has no name any more
 	isDir       bool
 	exchange    bool // what is under the new name goes to the old one
+	plain       bool // by an Actor that is Plain
+	probe       bool // there is nothing of that name
 
 	looked, newLooked atomic.Bool // the guest has asked what the names are, and so has what it was told
+	done              atomic.Bool // what the call comes to was answered with success
 	seen              atomic.Pointer[seen]
 }
 
@@ -154,6 +164,8 @@ func (x *acting) asks(r *request) bool {
 			in.Valid&(fuse.FATTR_UID|fuse.FATTR_GID) == 0
 	case fuse.OpOpen:
 		return x.op == ActCloseWrite
+	case fuse.OpReadlink:
+		return x.plain
 	}
 	return false
 }
@@ -167,7 +179,14 @@ func (x *acting) at(r *request) bool {
 // act has a change acted. What the guest does not do it has been told of all the same.
 func (fs *FS) act(a Actor, n *notifier, k *change) {
 	typ := k.mode & unix.S_IFMT // 0: it is gone
-	if k.op&watch.Rename != 0 && k.dir != 0 && k.newDir != 0 {
+	switch {
+	case k.op&watch.Rename == 0 || k.dir == 0 || k.newDir == 0:
+	case a.Plain(): // one name goes, and another comes
+		fs.actRemove(a, n, k)
+		to := *k
+		to.dir, to.name = k.newDir, k.newName
+		fs.actOne(a, n, creates(k), &to)
+	default:
 		fs.actOne(a, n, ActRename, k)
 	}
 	remove := k.op&watch.Delete != 0 && k.dir != 0
@@ -186,7 +205,7 @@ func (fs *FS) act(a Actor, n *notifier, k *change) {
 	if k.op&watch.Attrib != 0 && (isFile || typ == unix.S_IFDIR) {
 		fs.actOne(a, n, ActChmod, k)
 	}
-	if k.op&watch.CloseWrite != 0 && isFile {
+	if k.op&watch.CloseWrite != 0 && isFile && !a.Plain() {
 		fs.actOne(a, n, ActCloseWrite, k)
 	}
 	if remove && !first {
@@ -242,20 +261,30 @@ func creates(k *change) ActOp {
 func (fs *FS) actOne(a Actor, n *notifier, op ActOp, k *change) {
 	act := Act{Op: op, Mode: k.mode}
 	var ok, newOK bool
+	plain := a.Plain()
 	fs.mu.Lock()
 	act.Path, ok = fs.pathOf(k.dir, k.name, k.node)
+	// The directory that the call is made in, or on.
+	dir, dirPath := k.dir, strings.TrimPrefix(path.Dir("/"+act.Path), "/")
+	if on := fs.nodes[k.node]; on != nil && op == ActChmod && on.typ == unix.S_IFDIR {
+		dir, dirPath = k.node, act.Path
+	} else if fs.nodes[dir] == nil && on != nil && on.parent != nil {
+		dir = on.parent.id
+	}
 	if op == ActRename {
 		act.NewPath, newOK = fs.pathOf(k.newDir, k.newName, 0)
 		ok = ok && newOK
 	}
 	fs.mu.Unlock()
-	if !ok {
+	if !ok || plain && !fs.leads(a, dir, dirPath) {
 		return
 	}
 	for again := range 2 {
 		x := &acting{thread: a.Thread(), op: op, dir: k.dir, name: k.name, newDir: k.newDir, newName: k.newName, node: k.node,
-			isDir: k.op&watch.IsDir != 0, exchange: k.exchange, typ: k.mode & unix.S_IFMT, gone: k.mode == 0}
+			isDir: k.op&watch.IsDir != 0, exchange: k.exchange, typ: k.mode & unix.S_IFMT, gone: k.mode == 0, plain: plain}
 		switch {
+		case plain && op == ActMknod:
+			x.typ = unix.S_IFREG // what it is the guest hears when it asks
 		case x.typ != 0:
 		case x.isDir:
 			x.typ = unix.S_IFDIR
@@ -268,6 +297,9 @@ func (fs *FS) actOne(a Actor, n *notifier, op ActOp, k *change) {
 			fs.overdue.add(x) // before it is not acting any more
 		}
 		fs.acting.Store(nil)
+		if plain && e == 0 && !x.done.Load() {
+			e = unix.ENOENT // most likely
+		}
 		if e != unix.ENOENT && e != unix.ESTALE || again > 0 || n == nil || x.looked.Load() {
 			return
 		}
@@ -275,6 +307,51 @@ func (fs *FS) actOne(a Actor, n *notifier, op ActOp, k *change) {
 		n.entry(k.dir, k.name)
 		n.flush(fs)
 	}
+}
+
+// ProbeName begins the names of which a Plain actor is asked, to see where its paths lead. There are no such files.
+const ProbeName = ".transfuse-probe-"
+
+// probeAge is for how long it is believed where a path leads.
+const probeAge = time.Second
+
+// leads tells whether a directory's path leads to it when a plain actor follows it: in the guest something may be mounted on the way, or the
+// mount be gone from there, and the call would be made for real on a file of the guest's own. A name that is not there can't be removed
+// anywhere, but here it is asked for first.
+func (fs *FS) leads(a Actor, dir uint64, dirPath string) bool {
+	l := &fs.caching.led
+	if l.dir == dir && l.path == dirPath && time.Since(l.at) < probeAge {
+		return true
+	}
+	l.at = time.Time{}
+	name := ProbeName + strconv.FormatUint(rand.Uint64(), 36)
+	x := &acting{thread: a.Thread(), op: ActUnlink, dir: dir, name: name, plain: true, probe: true}
+	fs.acting.Store(x)
+	e := a.Act(Act{Op: ActUnlink, Path: path.Join(dirPath, name)})
+	if e == unix.EPIPE {
+		fs.overdue.add(x)
+	}
+	fs.acting.Store(nil)
+	if e != 0 {
+		return false
+	}
+	if !x.looked.Load() {
+		if !x.newLooked.Load() && !l.warned && fs.isThere(dir, ".") {
+			l.warned = true
+			fs.log.Warn("inotify in the guest does not show all changes: the path of a directory leads elsewhere there, since something else is mounted on it or on the way to it", "path", "/"+dirPath)
+		}
+		return false
+	}
+	l.dir, l.path, l.at = dir, dirPath, time.Now()
+	return true
+}
+
+// led is the directory that a plain actor's path led to last.
+type led struct {
+	dir    uint64
+	path   string
+	at     time.Time
+	warned bool // that one did not lead there
 }
 
 // pathOf is the guest's path of a name in a directory, or of a node. It needs FS.mu.
@@ -308,8 +385,11 @@ func (fs *FS) pathOf(dir uint64, name string, node uint64) (string, bool) {
 // or of later, and then another file would go; a directory that went so can't be used any more, although it is there. So a call is
 // not done before the kernel has asked: after ESTALE it asks, and holds the names until the call is done.
 func (x *acting) serve(r *request) (fuse.Errno, bool) {
-	if r.hdr.Opcode == fuse.OpLookup {
+	switch {
+	case r.hdr.Opcode == fuse.OpLookup:
 		return x.lookup(r)
+	case x.plain && r.hdr.Opcode == fuse.OpReadlink:
+		return unix.ELOOP, true // it would go out of the mount by it
 	}
 	if !x.asks(r) {
 		var in fuse.OpenIn
@@ -321,50 +401,59 @@ func (x *acting) serve(r *request) (fuse.Errno, bool) {
 		}
 		return 0, false
 	}
+	e := x.answerCall(r)
+	if e == 0 {
+		x.done.Store(true)
+	}
+	return e, true
+}
+
+// answerCall answers the request that the call comes to.
+func (x *acting) answerCall(r *request) fuse.Errno {
 	fs := r.fs
 	switch x.op {
 	case ActMknod, ActMkdir, ActSymlink:
 		parent, dir, e := r.dir(x.dir)
 		if e != 0 {
-			return e, true
+			return e
 		}
 		var b nameBuf
 		var st unix.Statx_t
 		name := b.set(x.name)
 		if statxAt(dir, name, &st) == 0 && uint32(st.Mode)&unix.S_IFMT == x.typ {
-			return r.entryOf(parent, name, &st), true
+			return r.entryOf(parent, name, &st)
 		}
-		return x.unknown(r), true // it is gone again, or another
+		return x.unknown(r) // it is gone again, or another
 	case ActUnlink, ActRmdir:
 		if !x.looked.Load() {
-			return unix.ESTALE, true
+			return unix.ESTALE
 		}
-		return 0, true
+		return 0
 	case ActRename:
 		if !x.looked.Load() || !x.newLooked.Load() {
-			return unix.ESTALE, true
+			return unix.ESTALE
 		}
 		fs.renamed(&change{node: x.node, newDir: x.newDir, newName: x.newName})
-		return 0, true
+		return 0
 	case ActCloseWrite:
 		fs.actedOpen.Store(true)
-		return reply(r, &fuse.OpenOut{Fh: actedFh, OpenFlags: fuse.FOPEN_KEEP_CACHE}), true
+		return reply(r, &fuse.OpenOut{Fh: actedFh, OpenFlags: fuse.FOPEN_KEEP_CACHE})
 	}
 	n, e := r.self()
 	var st unix.Statx_t
 	if e != 0 {
-		return e, true
+		return e
 	}
 	if e := fs.stat(n, &st); e != 0 {
 		was := x.seen.Load()
 		if was == nil || was.id != n.id {
-			return e, true
+			return e
 		}
 		out := fuse.AttrOut{} // for no time
 		fs.setAttr(&out.Attr, n.ino, &was.st)
-		return reply(r, &out), true
+		return reply(r, &out)
 	}
-	return r.attrReply(n, &st), true
+	return r.attrReply(n, &st)
 }
 
 // lookup answers a LOOKUP of the call's names.
@@ -382,6 +471,10 @@ func (x *acting) lookup(r *request) (fuse.Errno, bool) {
 		if n, st := x.victim(r, x.newDir, c); n != nil && n.id != x.node {
 			return x.answer(r, n, st), true // who watches the file that is replaced hears that it goes
 		}
+		return unix.ENOENT, true
+	case x.probe && c.is(x.name):
+		x.looked.Store(r.hdr.NodeID == x.dir)
+		x.newLooked.Store(true)
 		return unix.ENOENT, true
 	case r.hdr.NodeID != x.dir || !c.is(x.name):
 	case x.op == ActUnlink || x.op == ActRmdir:

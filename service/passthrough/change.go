@@ -55,6 +55,8 @@ type caching struct {
 	actor  Actor
 	closed bool
 	done   chan struct{} // closed when nothing is told any more; nil before the first channel
+
+	led led // of who tells
 }
 
 // change is a watch.Change in terms of the guest: of nodes, 0 where it does not know one.

@@ -48,6 +48,7 @@ type Config struct {
 	Writeback bool // the guest writes when it likes; only with CacheAlways
 
 	Ahead   bool               // tell the attributes of a changed directory ahead (fuse.AheadOut)
+	Reread  bool               // the guest's kernel asks each time where a symbolic link leads: for an Actor that is Plain
 	TTL     time.Duration      // how long the guest may cache what it is not told of; 0: one second
 	Changed func(watch.Change) `json:"-"` // called with each change that the guest makes, from many goroutines; must not wait; nil: not
 	Heard   func() bool        `json:"-"` // whether anybody hears what Changed is called with; nil: yes

@@ -62,6 +62,9 @@ func opInit(r *request) fuse.Errno {
 			want |= fuse.WRITEBACK_CACHE
 		}
 	}
+	if r.fs.c.Reread {
+		want &^= fuse.CACHE_SYMLINKS
+	}
 	agreed := in.Features() & want
 	out.SetFeatures(agreed)
 	out.MaxReadahead = min(in.MaxReadahead, maxReadahead)

@@ -295,6 +295,7 @@ func TestWatchedDirsTold(t *testing.T) {
 type actor struct{ p *pushed }
 
 func (a actor) Thread() uint32 { return 1 << 31 }
+func (a actor) Plain() bool    { return false }
 func (a actor) Act(x Act) fuse.Errno {
 	a.p.told(fmt.Sprintf("act %d %s", x.Op, x.Path))
 	return 0

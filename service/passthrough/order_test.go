@@ -41,11 +41,11 @@ type ordered struct {
 	done    int                    // of them, that the kernel has answered
 }
 
-func newOrdered(t *testing.T) *ordered {
+func newOrdered(t *testing.T, c Config) *ordered {
 	t.Helper()
 	o := &ordered{t: t, dir: tmpfs(t), mnt: t.TempDir(), ops: map[uint64]fuse.Opcode{}}
 	o.changed.L = &o.mu
-	o.fs = newFS(t, o.dir, Config{})
+	o.fs = newFS(t, o.dir, c)
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		t.Fatalf("/dev/fuse: %v (as root: modprobe fuse)", err)
@@ -300,7 +300,7 @@ func TestOrder(t *testing.T) {
 	} {
 		for _, order := range []string{"notification first", "reply first", "untold"} {
 			t.Run(c.name+"/"+order, func(t *testing.T) {
-				o := newOrdered(t)
+				o := newOrdered(t, Config{})
 				write(o, "f", "old")
 				if err := errors.Join(os.Mkdir(filepath.Join(o.dir, "d"), 0o755), os.Symlink("f", filepath.Join(o.dir, "l"))); err != nil {
 					t.Fatal(err)
