@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"time"
 
-	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/wire"
 )
 
@@ -17,13 +16,10 @@ import (
 func (ss *session) watch(ctx context.Context, c *control) {
 	ask := func(id uint32) error { return c.send(&wire.Ping{ID: id}) }
 	if ss.version < wire.Version2 {
-		gs := ss.guests()
-		if len(gs) == 0 {
+		if len(ss.guests()) == 0 {
 			return // nobody told us where to ask
 		}
-		p := &pingerV1{ss: ss, guest: gs[0]}
-		defer p.close()
-		ask = func(uint32) error { return p.ping(ctx) }
+		ask = func(uint32) error { return ss.v1.ping() }
 	}
 	warned := false
 	due := time.Since(ss.start) + ss.srv.times.ping
@@ -45,47 +41,5 @@ func (ss *session) watch(ctx context.Context, c *control) {
 			ss.log.Debug("ping failed", "error", err)
 			due = time.Since(ss.start) + ss.srv.times.ping // that took long by the guest's fault
 		}
-	}
-}
-
-// pingerV1 pings over an event channel, which version 1 answers on the control
-// channel.
-type pingerV1 struct {
-	ss    *session
-	guest Guest
-	conn  *transport.Conn
-}
-
-func (p *pingerV1) ping(ctx context.Context) error {
-	if p.conn == nil {
-		c, err := p.ss.dialV1(ctx, p.guest, wire.SubEvents)
-		if err != nil {
-			return err
-		}
-		// The thread that would act, in decimal and without an end.
-		c.SetReadDeadline(time.Now().Add(p.ss.srv.times.answer))
-		var b [32]byte
-		if _, err := c.Read(b[:]); err != nil {
-			c.Close()
-			return fmt.Errorf("event channel: %w", err)
-		}
-		p.conn = c
-	}
-	b, err := wire.AppendEventV1(nil, wire.EventV1{Action: wire.ActionPing})
-	if err != nil {
-		return err
-	}
-	p.conn.SetWriteDeadline(time.Now().Add(p.ss.srv.times.write))
-	if _, err := p.conn.Write(b); err != nil {
-		p.close()
-		return fmt.Errorf("event channel: %w", err)
-	}
-	return nil
-}
-
-func (p *pingerV1) close() {
-	if p.conn != nil {
-		p.conn.Close()
-		p.conn = nil
 	}
 }

@@ -37,6 +37,8 @@
 //     (version 1) on a new control channel. A guest that can come back for its
 //     mounts has them kept without a stream (wire.FeatureKeep), for some minutes
 //     without a control channel; a VM that has booted anew can't.
+//   - A guest of version 1 acts events too (eventsV1). To the worker it is like one
+//     of version 2, but plain: it follows paths (passthrough.Actor).
 //   - Every goroutine of the parent belongs to the server or to a session, whose
 //     end waits for it. A context's cause is the reason that is logged.
 //   - The configuration can change while the server runs (Reconfigure). Who may do

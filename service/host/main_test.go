@@ -344,12 +344,13 @@ type fuseConn struct {
 	t testing.TB
 	*transport.Conn
 	unique uint64
+	pid    uint32 // of the caller
 }
 
 // call makes a request and returns the body of its reply.
 func (f *fuseConn) call(op fuse.Opcode, node uint64, body []byte) ([]byte, unix.Errno, error) {
 	f.unique += 2
-	h := fuse.InHeader{Len: uint32(fuse.InHeaderSize + len(body)), Opcode: op, Unique: f.unique, NodeID: node}
+	h := fuse.InHeader{Len: uint32(fuse.InHeaderSize + len(body)), Opcode: op, Unique: f.unique, NodeID: node, PID: f.pid}
 	if _, err := f.Write(append(fuse.Append(nil, &h), body...)); err != nil {
 		return nil, 0, err
 	}

@@ -78,6 +78,7 @@ type times struct {
 	stream             time.Duration // for the stream of a mount
 	kept               time.Duration // for a session that has nothing but mounts that are kept
 	ping               time.Duration // between pings
+	act                time.Duration // for an event of version 1; less than eventTime, so that it is not the worker that gives up
 	silent, dead       time.Duration // without a sign of life: log it; end the session
 	retryMin, retryMax time.Duration // between attempts of a mount that the host asks for
 	goodbye            time.Duration // for unmounting when the host ends
@@ -86,7 +87,7 @@ type times struct {
 
 var defaultTimes = times{
 	first: 5 * time.Second, write: 10 * time.Second, answer: 10 * time.Second, stream: 30 * time.Second, kept: 5 * time.Minute,
-	ping: 10 * time.Second, silent: 30 * time.Second, dead: 5 * time.Minute,
+	ping: 10 * time.Second, act: 8 * time.Second, silent: 30 * time.Second, dead: 5 * time.Minute,
 	retryMin: 500 * time.Millisecond, retryMax: 30 * time.Second, goodbye: 2 * time.Second, grace: 10 * time.Second,
 }
 

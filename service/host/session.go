@@ -46,6 +46,7 @@ type session struct {
 	work    sync.WaitGroup
 	busy    chan struct{} // one for each request being worked on
 
+	v1       *eventsV1     // of version 1, else nil
 	channels atomic.Uint64 // notify and event channels that came
 	working  chan struct{} // closed when there is a worker, for the first time
 	counting atomic.Bool   // the worker has been asked for its counts, and not answered
@@ -109,6 +110,9 @@ func newSession(ctx context.Context, s *Server, p transport.Peer, m *wire.Init) 
 		srv: s, number: s.began, who: identify(p), peer: p, version: min(m.Version, wire.Version2), id: m.SessionID, boot: m.BootID, write: maxWrite,
 		next: rand.Uint32(), start: time.Now(), busy: make(chan struct{}, maxRequests), working: make(chan struct{}),
 		mounts: map[uint32]*mount{}, untold: map[uint32]*mount{}, waiting: map[uint32]chan wire.Message{},
+	}
+	if ss.version < wire.Version2 {
+		ss.v1 = newEventsV1(ss)
 	}
 	ss.heard(m)
 	ss.quota = s.quotaOf(ss.who)

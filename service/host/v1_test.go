@@ -22,10 +22,11 @@ import (
 // protocol-v1 of the seed has them.
 type guestV1 struct {
 	t    *testing.T
-	addr transport.Addr // of the host
-	ln   net.Listener   // its own socket
-	vmm  bool           // ln is a VMM's socket, with CONNECT and OK
-	c    net.Conn       // control
+	addr transport.Addr      // of the host
+	ln   net.Listener        // its own socket
+	vmm  bool                // ln is a VMM's socket, with CONNECT and OK
+	c    net.Conn            // control
+	came map[string]net.Conn // by their first byte, while they are not wanted
 }
 
 // listenV1 makes the guest's own socket at path.
@@ -52,6 +53,25 @@ func (g *guestV1) dial() net.Conn {
 		g.t.Fatal(err)
 	}
 	return g.keep(c)
+}
+
+// want takes a connection of the host of a subprotocol.
+func (g *guestV1) want(sub string) net.Conn {
+	g.t.Helper()
+	for g.came[sub] == nil {
+		c := g.accept()
+		var first [1]byte
+		if _, err := io.ReadFull(c, first[:]); err != nil {
+			g.t.Fatal(err)
+		}
+		if g.came == nil {
+			g.came = map[string]net.Conn{}
+		}
+		g.came[string(first[:])] = c
+	}
+	c := g.came[sub]
+	delete(g.came, sub)
+	return c
 }
 
 func (g *guestV1) keep(c net.Conn) net.Conn {
@@ -124,12 +144,21 @@ func (g *guestV1) suit(dir string, yes bool) {
 // arguments, then FUSE.
 func (g *guestV1) mounted(args string) *fuseConn {
 	g.t.Helper()
-	c := g.accept()
-	g.expect(c, "m")
+	got, fc := g.mountedAny()
+	if got != args {
+		g.t.Fatalf("got %q; want %q", got, args)
+	}
+	return fc
+}
+
+// mountedAny is mounted, and returns the arguments.
+func (g *guestV1) mountedAny() (args string, fc *fuseConn) {
+	g.t.Helper()
+	c := g.want("m")
 	b := make([]byte, 4096)
 	n, err := c.Read(b)
-	if err != nil || string(b[:n]) != args {
-		g.t.Fatalf("got %q, %v; want %q", b[:n], err, args)
+	if err != nil {
+		g.t.Fatal(err)
 	}
 	f, err := c.(*net.UnixConn).File()
 	if err != nil {
@@ -139,9 +168,9 @@ func (g *guestV1) mounted(args string) *fuseConn {
 	g.t.Cleanup(func() { conn.Close() })
 	conn.SetReadDeadline(time.Now().Add(15 * time.Second))
 	c.Close()
-	fc := &fuseConn{t: g.t, Conn: conn}
+	fc = &fuseConn{t: g.t, Conn: conn}
 	fc.start()
-	return fc
+	return string(b[:n]), fc
 }
 
 // notify opens the notify channel of a mount.
@@ -243,8 +272,7 @@ func TestVersion1Ping(t *testing.T) {
 	if _, err := io.ReadFull(g.c, head[:]); err != nil {
 		t.Fatal(err)
 	}
-	e := g.accept()
-	g.expect(e, "e")
+	e := g.want("e")
 	g.write(e, "4242")
 	for range 3 {
 		g.expect(e, "\x08\x00\x00\x00\x00\x01\x00\x80") // n is big-endian
