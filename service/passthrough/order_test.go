@@ -88,6 +88,11 @@ func newOrdered(t *testing.T, c Config) *ordered {
 // abortFUSE returns a function that ends a mount's connection in the kernel.
 func abortFUSE(t *testing.T, mnt string) func() {
 	t.Helper()
+	control := t.TempDir() // where /sys/fs/fuse/connections is not mounted, too
+	if err := unix.Mount("fusectl", control, "fusectl", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(control, unix.MNT_DETACH)
 	table, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		t.Fatal(err)
@@ -95,7 +100,7 @@ func abortFUSE(t *testing.T, mnt string) func() {
 	for line := range strings.Lines(string(table)) {
 		if f := strings.Fields(line); len(f) > 4 && f[4] == mnt {
 			_, minor, _ := strings.Cut(f[2], ":")
-			file, err := os.OpenFile("/sys/fs/fuse/connections/"+minor+"/abort", os.O_WRONLY, 0)
+			file, err := os.OpenFile(filepath.Join(control, minor, "abort"), os.O_WRONLY, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
