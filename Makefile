@@ -60,7 +60,7 @@ demo: build ## export, mount and use a directory here, no VM needed; DIR=/some/d
 	@packaging/demo $(BIN) $(DIR)
 
 test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on real mounts
-	@.ci/deps fuse3 acl attr git dbus-daemon systemd man-db
+	@.ci/deps fuse3 acl attr git rsync vim dbus-daemon systemd man-db
 	$(GO) test -timeout 15m ./...
 
 test-vm: ## the same and more over real virtio-vsock, in a Debian VM (built and cached first)
