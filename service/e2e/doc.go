@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package e2e tests the two programs together, as they are built and started by a user: transfuse-host and transfused
-// over Unix sockets, the kernel's FUSE between them. It has no code but its tests.
+// over Unix sockets, the kernel's FUSE between them. It has no code but its tests,
+// and what of the suites a mount does not have (Missing), which package vmtest has to know too.
 //
 // Decisions:
 //   - The programs are built without cgo, as for release: with it a host could not confine its workers.

@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -38,24 +37,9 @@ var notPosix = map[string]string{
 	"FcntlFlockLocksFile": "it wants two POSIX locks of one process to conflict",
 }
 
-// trusted is why a case is missing on each mount.
-const trusted = "the guest's trusted.* are user.* on the host, which symbolic links can't have"
-
-// plain is what an export without options does not have.
-var plain = map[string]string{
-	"xattr/trusted":       trusted,
-	"acl":                 "the export has no option acl",
-	"mknod/device":        "the export has no option dev",
-	"setid/chmod":         "the export has no option suid",
-	"setid/dropped":       "the export has no option suid",
-	"setid/chown-by-root": "the export has no option suid",
-	"setid/foreign-group": "the export has no option suid",
-	"setid/capability":    "the export has no option suid",
-}
-
-// small is for the suites that come after the first one.
-func small(missing map[string]string) fstest.Options {
-	return fstest.Options{Entries: 2_000, Ops: 500, Missing: missing}
+// small is for the suites that come after the first one, on an export with these options.
+func small(export string) suiteSpec {
+	return suiteSpec{Options: fstest.Options{Entries: 2_000, Ops: 500, Missing: Missing(export)}, Posix: notPosix}
 }
 
 func (s suiteSpec) run(t *testing.T) {
@@ -91,45 +75,37 @@ func TestSuites(t *testing.T) {
 		s.run(t)
 		return
 	}
+	const all = ",root=trust,suid,dev,acl"
 	t.Run("version 2", func(t *testing.T) {
 		r := newRig(t, 0)
-		host, guest := r.both(",root=trust,suid,dev,acl", ",suid,dev")
-		r.suites(host, guest, suiteSpec{Options: fstest.Options{Entries: 10_000, Ops: 1_000,
-			Missing: map[string]string{"xattr/trusted": trusted}}, Posix: notPosix})
+		host, guest := r.both(all, ",suid,dev")
+		r.suites(host, guest, suiteSpec{Options: fstest.Options{Entries: 10_000, Ops: 1_000, Missing: Missing(all)}, Posix: notPosix})
 	})
 	t.Run("default export", func(t *testing.T) {
 		r := newRig(t, 0)
 		host, guest := r.both("", "")
-		r.suites(host, guest, suiteSpec{Options: small(plain), Posix: notPosix})
+		r.suites(host, guest, small(""))
 	})
 	for _, mode := range []string{"cache=none", "cache=always", "cache=always,writeback"} {
 		t.Run(mode, func(t *testing.T) {
-			missing := maps.Clone(plain)
-			if strings.HasSuffix(mode, "writeback") {
-				maps.Copy(missing, map[string]string{
-					"attr/ctime":      "the guest's kernel keeps the times of files that it writes back",
-					"fallocate/punch": "blocks are counted when they have been written back",
-					"sparse/blocks":   "blocks are counted when they have been written back",
-				})
-			}
 			r := newRig(t, 0)
 			host, guest := r.both(","+mode, "")
-			r.suites(host, guest, suiteSpec{Options: small(missing), Posix: notPosix})
+			r.suites(host, guest, small(mode))
 		})
 	}
 	t.Run("version 1", func(t *testing.T) {
 		r := newRig(t, 0)
 		guest := r.guest("--allow-suid", "--allow-dev")
 		r.forceVersion1(guest)
-		host := r.host(",root=trust,suid,dev,acl", "--guest", r.address("g"), "--mount", "code="+r.mnt+",suid,dev")
+		host := r.host(all, "--guest", r.address("g"), "--mount", "code="+r.mnt+",suid,dev")
 		r.mounted(r.mnt)
-		r.suites(host, guest, suiteSpec{Options: small(map[string]string{"xattr/trusted": trusted}), Posix: notPosix})
+		r.suites(host, guest, small(all))
 	})
 	t.Run("ordinary user", func(t *testing.T) {
 		openDeviceForAll(t)
 		r := newRig(t, nobody)
 		host, guest := r.both("", "")
-		r.suites(host, guest, suiteSpec{Options: small(plain), Posix: notPosix})
+		r.suites(host, guest, small(""))
 	})
 }
 
