@@ -64,8 +64,8 @@ test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on r
 	$(GO) test -timeout 15m ./...
 
 test-vm: ## the same and more over real virtio-vsock, in a Debian VM (built and cached first)
-	@.ci/deps debootstrap e2fsprogs util-linux debian-archive-keyring
-	$(GO) test -tags vm -count 1 -timeout 60m -v ./service/vmtest
+	@.ci/deps debootstrap e2fsprogs util-linux debian-archive-keyring git
+	$(GO) test -tags vm -count 1 -timeout 60m -parallel 4 -v ./service/vmtest
 
 bench: ## time transfused, bindfs and sshfs side by side on one tree
 	@.ci/deps fuse3 bindfs sshfs openssh-sftp-server git

@@ -3,7 +3,10 @@
 // Package vmtest boots Debian virtual machines with real virtio-vsock, and tests
 // transfused in them: in Debian 13 all of it, in Debian 12 that its systemd and kernel, the oldest that are supported, can do the core of it.
 //
-//	go test -tags vm -count 1 -v ./service/vmtest
+//	go test -tags vm -count 1 -parallel 4 -v ./service/vmtest
+//
+// TestVM has each way to mount, over virtio-vsock and vsock loopback, in the default mode of the caches; TestCaches the other modes, what a warm tree costs beside
+// virtiofs and the guest's own disk, and who is woken by the host's edits; TestService and TestService252 the packages.
 //
 // A VM to try things in, with a root shell on its serial console (Ctrl-a x ends it):
 //
@@ -26,5 +29,7 @@
 //     namespace of its own, and die with the program that booted them. So nothing is left to unmount or to kill.
 //   - The guest's systemd itself tells that it is up, over vsock; Debian 12's can't yet, so a unit does. Nothing is slept for.
 //   - Its shell answers on vsock port 2222, one process a connection; there is no network and no SSH.
+//   - virtiofsd runs without a sandbox, so that it needs no user namespace: it is here to be compared with.
+//   - Times are compared within one VM and one run, and nothing else is judged by its time.
 //   - The disk is thrown away: a VM always starts from the image. One that restarts (Reboot) keeps it.
 package vmtest

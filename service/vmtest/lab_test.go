@@ -27,7 +27,7 @@ type lab struct {
 }
 
 // newLab boots the VM while it builds the programs.
-func newLab(t *testing.T) *lab {
+func newLab(t *testing.T, c Config) *lab {
 	images, err := Build(t.Context(), os.Stderr, Trixie)
 	if err != nil {
 		t.Fatal(err)
@@ -35,7 +35,7 @@ func newLab(t *testing.T) *lab {
 	l := &lab{bin: t.TempDir(), built: make(chan error, 1)}
 	go func() { l.built <- l.build(t.Context()) }()
 	begin := time.Now()
-	l.vm, err = Boot(t.Context(), images, Config{})
+	l.vm, err = Boot(t.Context(), images, c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,7 +44,7 @@ func newLab(t *testing.T) *lab {
 	return l
 }
 
-// install copies the programs into the guest.
+// install copies the programs into the guest, and the token to both sides.
 func (l *lab) install(t *testing.T) {
 	if err := <-l.built; err != nil {
 		t.Fatal(err)
@@ -54,7 +54,10 @@ func (l *lab) install(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	l.guest(t, "modprobe vsock_loopback")
+	l.guest(t, "modprobe vsock_loopback; umask 077; printf %s "+Quote(token)+" >/root/token")
+	if err := os.WriteFile(filepath.Join(l.vm.Dir(), "token"), []byte(token), 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func (l *lab) build(ctx context.Context) error {
@@ -101,6 +104,22 @@ func (l *lab) guest(t *testing.T, script string) string {
 		t.Fatalf("in the guest: %s: %v", script, err)
 	}
 	return strings.TrimSpace(out)
+}
+
+// posix runs these cases of fstest in a directory of the guest, with small numbers, since its CPUs are emulated.
+func (l *lab) posix(t *testing.T, dir, cases string, missing map[string]string) {
+	t.Helper()
+	args := "-test.v -test.run " + Quote(cases) + " -entries 20 -ops 20 -dir " + dir
+	for c, why := range missing {
+		args += " -missing " + Quote(c+"="+why)
+	}
+	log := "/run/fstest" + strings.ReplaceAll(dir, "/", ".")
+	out := l.guest(t, "code=0; fstest.test "+args+" >"+log+" 2>&1 || code=$?; echo exit $code; grep -e '^NOT RUN' "+log+" || true; echo the slowest:; "+
+		"grep -e '--- PASS' "+log+" | sed 's/.*PASS: \\(.*\\) (\\(.*\\)s)/\\2 \\1/' | sort -rn | awk 'NR <= 8'")
+	t.Log(out)
+	if !strings.HasPrefix(out, "exit 0\n") {
+		t.Error(l.guest(t, "grep -v -e '=== ' -e '--- PASS' "+log))
+	}
 }
 
 // local runs a script on this machine.
@@ -204,6 +223,17 @@ func (l *lab) startHere(t *testing.T, args ...string) daemon {
 	}
 }
 
+// localDir makes a folder of this machine to export: not t.TempDir, which is in one that only its owner enters.
+func localDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "transfused-export-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
 // side is where transfuse-host runs.
 type side struct {
 	name   string
@@ -225,23 +255,17 @@ func (l *lab) sides() []side {
 		listen: "hybrid:" + l.vm.Socket() + ":1524",
 		back:   "hybrid:" + l.vm.Socket() + ":1525",
 		guests: l.vm.Socket(),
+		token:  filepath.Join(l.vm.Dir(), "token"),
 		start:  l.startHere,
 		run:    local,
-		dir: func(t *testing.T) string {
-			// Not t.TempDir: an export must not be in a folder that only its owner enters.
-			dir, err := os.MkdirTemp("", "transfused-export-")
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { os.RemoveAll(dir) })
-			return dir
-		},
+		dir:    localDir,
 	}, {
 		name:   "loopback",
 		server: "vsock:local:1524",
 		listen: "vsock:any:1524",
 		back:   "vsock:local:1525",
 		guests: "1",
+		token:  "/root/token",
 		start:  func(t *testing.T, args ...string) daemon { t.Helper(); return l.startInGuest(t, "", args...) },
 		run:    l.guest,
 		dir: func(t *testing.T) string {

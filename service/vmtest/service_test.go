@@ -93,7 +93,6 @@ func newServiceRig(t *testing.T, suite string) *serviceRig {
 	dir, _ := packages() // its error was in the one above
 
 	s := l.sides()[0]
-	s.token = filepath.Join(l.vm.Dir(), "token")
 	if err := os.WriteFile(s.token, []byte(token), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -24,7 +24,7 @@ const (
 
 // Config says how to boot. The zero value is a VM for tests.
 type Config struct {
-	Share       string // a folder of this machine that virtiofs offers to the guest as "share"; "" for none
+	Share       string // a folder of this machine that virtiofs offers to the guest: as "auto" and as "always", after virtiofsd's --cache; "" for none
 	Memory      int    // MiB; 0: 1024
 	Interactive bool   // the VM's serial console is this program's terminal
 
@@ -100,10 +100,13 @@ func Boot(ctx context.Context, im *Images, c Config) (_ *VM, err error) {
 		args = append(args, "-smbios", fmt.Sprintf("type=11,value=io.systemd.credential.binary:%s=%s", name, base64.StdEncoding.EncodeToString([]byte(text))))
 	}
 	if c.Share != "" {
-		if err := vm.serve(ctx, room, "fs.sock", "virtiofsd", "--socket-path="+room.path("fs.sock"), "--shared-dir=/share", "--sandbox=none"); err != nil {
-			return nil, err
+		for _, cache := range []string{"auto", "always"} {
+			err := vm.serve(ctx, room, cache+".sock", "virtiofsd", "--socket-path="+room.path(cache+".sock"), "--shared-dir=/share", "--sandbox=none", "--cache="+cache)
+			if err != nil {
+				return nil, err
+			}
+			args = append(args, "-chardev", "socket,id="+cache+",path="+room.path(cache+".sock"), "-device", "vhost-user-fs-pci,chardev="+cache+",tag="+cache)
 		}
-		args = append(args, "-chardev", "socket,id=share,path="+room.path("fs.sock"), "-device", "vhost-user-fs-pci,chardev=share,tag=share")
 	}
 	if err := vm.start(room, c.Interactive, args...); err != nil {
 		return nil, err
@@ -189,7 +192,7 @@ func (vm *VM) start(r room, terminal bool, args ...string) error {
 	if terminal {
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	} else {
-		log, err := os.Create(filepath.Join(r.work, args[0]+".log"))
+		log, err := os.Create(filepath.Join(r.work, fmt.Sprintf("%d-%s.log", len(vm.processes), args[0])))
 		if err != nil {
 			return err
 		}

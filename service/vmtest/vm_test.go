@@ -6,36 +6,24 @@ package vmtest
 
 import (
 	"fmt"
-	"os"
-	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"transfused.org/transfused/service/e2e"
 )
 
 // token is what both ends know, in tokenFile on either side.
 const token = "0123456789abcdef0123456789abcdef\n"
 
-// missing is what a mount of ours can't have, for fstest.
-const missing = "xattr/trusted=the worker keeps trusted.* as user.*, which a symbolic link can't have"
-
 // TestVM runs everything in one VM, since a boot is what takes longest.
 func TestVM(t *testing.T) {
-	l := newLab(t)
+	l := newLab(t, Config{})
 	t.Run("harness", func(t *testing.T) { testHarness(t, l) })
 	l.install(t)
-	l.guest(t, "umask 077; printf %s "+Quote(token)+" >/root/token")
-	if err := os.WriteFile(filepath.Join(l.vm.Dir(), "token"), []byte(token), 0o600); err != nil {
-		t.Fatal(err)
-	}
 	t.Run("old host", func(t *testing.T) { testOldHost(t, l) })
 	t.Run("old protocol", func(t *testing.T) { testOldProtocol(t, l) })
 	for _, s := range l.sides() {
-		s.token = filepath.Join(l.vm.Dir(), "token")
-		if s.name == "loopback" {
-			s.token = "/root/token"
-		}
 		t.Run(s.name, func(t *testing.T) {
 			t.Run("guest asks", func(t *testing.T) { testGuestAsks(t, l, s) })
 			t.Run("host asks", func(t *testing.T) { testHostAsks(t, l, s) })
@@ -132,12 +120,9 @@ func testGuestAsks(t *testing.T, l *lab, s side) {
 				// What depends on how messages travel: data, and locks that wait. All cases run over virtio.
 				cases = "Dir/^(io|lock)$"
 			}
-			out := l.guest(t, "code=0; fstest.test -test.run "+Quote(cases)+" -test.v -entries 20 -ops 20 -missing "+Quote(missing)+" -missing git='tested by itself' -dir "+mnt+"/other >/run/fstest 2>&1 || code=$?; "+
-				"echo exit $code; grep -e '^NOT RUN' /run/fstest || true; echo the slowest:; grep -e '--- PASS' /run/fstest | sed 's/.*PASS: \\(.*\\) (\\(.*\\)s)/\\2 \\1/' | sort -rn >/run/sorted; head -n 8 /run/sorted")
-			t.Log(out)
-			if !strings.HasPrefix(out, "exit 0\n") {
-				t.Error(l.guest(t, "grep -v -e '=== ' -e '--- PASS' /run/fstest"))
-			}
+			missing := e2e.Missing("acl,suid,dev")
+			missing["git"] = "tested by itself"
+			l.posix(t, mnt+"/other", cases, missing)
 		})
 	})
 	t.Run("two of three go", func(t *testing.T) {
