@@ -137,8 +137,8 @@ func (g *eventsGuest) acts(thread uint32) {
 	if err := os.Mkdir(filepath.Join(g.export, name), 0o755); err != nil {
 		g.t.Fatal(err)
 	}
-	for g.event(g.code, thread).Action != wire.ActionMkdir {
-		g.done()
+	for want := (wire.EventV1{Path: "/mnt/code/" + name, Action: wire.ActionMkdir}); g.event(g.code, thread) != want; {
+		g.done() // what a test has made before
 	}
 	if errno := g.mkdir(g.code, thread, name); errno != 0 {
 		g.t.Errorf("the call of thread %d: %v", thread, errno)

@@ -461,15 +461,20 @@ func TestWatchedDirsLimit(t *testing.T) {
 		if i >= 2 {
 			ttl, none = 1, 0
 		}
-		n := p.lookup(1, d)
-		if n.EntryValid == 0 { // its making was being told
-			n = p.lookup(1, d)
+		// Its making may be yet to be told, and nothing is believed while it is.
+		is := func(what string, want uint64, get func() uint64) {
+			t.Helper()
+			for begin := time.Now(); get() != want; time.Sleep(time.Millisecond) {
+				if time.Since(begin) > 20*time.Second {
+					t.Fatalf("%s %s for %d, not %d", what, d, get(), want)
+				}
+			}
 		}
-		p.until("entry 1 " + d)
-		equal(t, d+" is for", p.lookup(1, d).EntryValid, longTTL)
-		equal(t, "what is in "+d+" is for", p.lookup(n.NodeID, "e").EntryValid, ttl)
-		equal(t, "what is not in "+d+" is for", p.lookupNone(n.NodeID, "none"), none)
-		equal(t, "the attributes of "+d+" are for", p.attrValid(n.NodeID), ttl)
+		is("the name of", longTTL, func() uint64 { return p.lookup(1, d).EntryValid })
+		n := p.lookup(1, d).NodeID
+		is("what is in", ttl, func() uint64 { return p.lookup(n, "e").EntryValid })
+		is("what is not in", none, func() uint64 { return p.lookupNone(n, "none") })
+		is("the attributes of", ttl, func() uint64 { return p.attrValid(n) })
 	}
 	if len(p.limited) != 1 || !strings.Contains(p.limited[0], "user.max_inotify_watches is 3") || strings.Count(p.log.String(), "max_inotify_watches is 3") != 1 {
 		t.Errorf("told %q, logged %s", p.limited, p.log)
