@@ -22,7 +22,7 @@ SYSCONFDIR := /etc
 ZSHDIR     := zsh/vendor-completions
 
 .DEFAULT_GOAL := help
-.PHONY: help build man install demo test test-vm bench fuzz lint dist deb deb-forky rpm clean
+.PHONY: help build man install demo test test-vm soak bench fuzz lint dist deb deb-forky rpm clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,11 @@ test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on r
 test-vm: ## the same and more over real virtio-vsock, in a Debian VM (built and cached first)
 	@.ci/deps debootstrap e2fsprogs util-linux debian-archive-keyring git
 	$(GO) test -tags vm -count 1 -timeout 60m -parallel 4 -v ./service/vmtest
+
+SOAK ?= 5m
+soak: ## host and guests change one tree at random in six modes, SOAK (5m) each, with the race detector
+	@.ci/deps fuse3 gcc libc6-dev
+	TRANSFUSED_SOAK=$(SOAK) TRANSFUSED_RACE=1 $(GO) test -count 1 -timeout 0 -v -run '^TestSoak$$' ./service/e2e
 
 bench: ## time transfused, bindfs and sshfs side by side on one tree
 	@.ci/deps fuse3 bindfs sshfs openssh-sftp-server git

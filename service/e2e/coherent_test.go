@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -124,8 +125,17 @@ func view(dir string) map[string]string {
 }
 
 // agrees waits until the guest's view is the host's, and tells how long after since that was the case.
-func (r *rig) agrees(since time.Time) (time.Duration, bool) {
+func (r *rig) agrees(since time.Time, limit time.Duration) (time.Duration, bool) {
 	r.t.Helper()
+	view := func(dir string) map[string]string {
+		all := view(dir)
+		for name, what := range all {
+			if r.ignore != nil {
+				all[name] = r.ignore.ReplaceAllString(what, "")
+			}
+		}
+		return all
+	}
 	want := view(r.export)
 	for {
 		// What was seen later than this is not older than it.
@@ -134,7 +144,7 @@ func (r *rig) agrees(since time.Time) (time.Duration, bool) {
 		if cmp.Equal(want, got) {
 			return max(0, begin.Sub(since)), true
 		}
-		if begin.Sub(since) > stale {
+		if begin.Sub(since) > limit {
 			r.t.Errorf("the guest's view, %v after the last change, -host +guest:\n%s", begin.Sub(since), cmp.Diff(want, got))
 			return begin.Sub(since), false
 		}
@@ -143,9 +153,18 @@ func (r *rig) agrees(since time.Time) (time.Duration, bool) {
 
 // changer makes random changes to a tree, which has any kind of file under any of its names.
 type changer struct {
-	dir string
-	rnd *rand.Rand
-	log []string // what was done last
+	dir  string
+	rnd  *rand.Rand
+	held []int    // descriptors of regular files, whatever happens to their names
+	log  []string // what was done last
+}
+
+// release closes what is held.
+func (c *changer) release() {
+	for _, fd := range c.held {
+		unix.Close(fd)
+	}
+	c.held = nil
 }
 
 func (c *changer) path() string {
@@ -179,6 +198,49 @@ func write(path string, b []byte, mode os.FileMode) error {
 // rename is renameat2, which does not refuse what os.Rename does.
 func rename(from, to string, flags uint) error {
 	return unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, flags)
+}
+
+// openRegular opens a regular file, and nothing else.
+func openRegular(path string, flags int) (fd int, size int64, err error) {
+	fd, err = unix.Open(path, flags|unix.O_NONBLOCK|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, 0, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
+		err = unix.EINVAL
+	}
+	if err != nil {
+		unix.Close(fd)
+	}
+	return fd, st.Size, err
+}
+
+// mapped gives f a shared mapping of a file. That the file becomes shorter meanwhile ends f, not the process.
+func mapped(path string, flags, prot int, f func(b []byte)) error {
+	fd, size, err := openRegular(path, flags)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if size == 0 {
+		return nil
+	}
+	b, err := unix.Mmap(fd, 0, int(size), prot, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(b)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			if _, fault := r.(interface{ Addr() uintptr }); !fault {
+				panic(r)
+			}
+		}
+	}()
+	f(b)
+	return nil
 }
 
 // steps are the changes; the more often one is here, the more often it is made.
@@ -245,11 +307,56 @@ var steps = []struct {
 		return os.RemoveAll(p)
 	}},
 	{"mkfifo", 1, func(c *changer, p string) error { return unix.Mkfifo(p, 0o600) }},
+	{"map", 6, func(c *changer, p string) error {
+		return mapped(p, os.O_RDWR, unix.PROT_READ|unix.PROT_WRITE, func(b []byte) { b[c.rnd.IntN(len(b))] = byte(c.rnd.Uint32()) })
+	}},
+	{"hold", 6, func(c *changer, p string) error {
+		fd, _, err := openRegular(p, os.O_RDWR)
+		if err != nil {
+			return err
+		}
+		if c.held = append(c.held, fd); len(c.held) > 8 {
+			unix.Close(c.held[0])
+			c.held = c.held[1:]
+		}
+		return nil
+	}},
+	{"use what is held", 12, func(c *changer, _ string) error {
+		if len(c.held) == 0 {
+			return unix.ENOENT
+		}
+		fd := c.held[c.rnd.IntN(len(c.held))]
+		n := c.rnd.Int64N(9000)
+		var err error
+		switch c.rnd.IntN(7) {
+		case 0, 1:
+			_, err = unix.Pwrite(fd, c.bytes(), n)
+		case 2:
+			_, err = unix.Pread(fd, make([]byte, 9000), n)
+		case 3:
+			err = unix.Ftruncate(fd, n)
+		case 4:
+			err = unix.Fchmod(fd, uint32(n&0o777))
+		case 5:
+			err = unix.Fdatasync(fd)
+		case 6:
+			err = unix.Flock(fd, []int{unix.LOCK_SH, unix.LOCK_EX, unix.LOCK_UN}[n%3]|unix.LOCK_NB)
+		}
+		return err
+	}},
 }
 
-// step makes one change. What is not possible as the tree is just now is not tried to the end.
-func (c *changer) step(t *testing.T) {
-	t.Helper()
+// impossible are the errors of changes that are not possible as the tree is just now, or is no more.
+var impossible = []error{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.EEXIST, unix.ENOTEMPTY, unix.EINVAL, unix.ELOOP, unix.ENXIO, unix.EPERM, unix.EBUSY,
+	unix.EPIPE, unix.ESPIPE, unix.EAGAIN, unix.ESTALE}
+
+// unexpected tells an error that the state of the tree is no reason for.
+func unexpected(err error) bool {
+	return err != nil && !slices.ContainsFunc(impossible, func(e error) bool { return errors.Is(err, e) })
+}
+
+// step makes one change. What is not possible is not tried to the end.
+func (c *changer) step() error {
 	all := 0
 	for _, s := range steps {
 		all += s.times
@@ -264,11 +371,9 @@ func (c *changer) step(t *testing.T) {
 			switch {
 			case err == nil:
 				c.log = append(c.log, s.name+" "+p[len(c.dir):])
-				return
-			case slices.ContainsFunc([]error{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.EEXIST, unix.ENOTEMPTY, unix.EINVAL, unix.ELOOP, unix.ENXIO, unix.EPERM, unix.EBUSY},
-				func(e error) bool { return errors.Is(err, e) }):
-			default:
-				t.Fatalf("%s %s: %v", s.name, p, err)
+				return nil
+			case unexpected(err):
+				return fmt.Errorf("%s %s: %w", s.name, p, err)
 			}
 			break
 		}
@@ -290,7 +395,7 @@ func readers(t *testing.T, n int, dir string, seed uint64, stop chan struct{}) (
 				}
 				p := c.path()
 				var err error
-				switch c.rnd.IntN(4) {
+				switch c.rnd.IntN(5) {
 				case 0:
 					_, err = os.Lstat(p)
 				case 1:
@@ -305,6 +410,8 @@ func readers(t *testing.T, n int, dir string, seed uint64, stop chan struct{}) (
 					_, err = os.ReadDir(p)
 				case 3:
 					_, err = os.Readlink(p)
+				case 4:
+					err = mapped(p, os.O_RDONLY, unix.PROT_READ, func(b []byte) { sha256.Sum256(b) })
 				}
 				looks.Add(1)
 				switch {
@@ -328,16 +435,19 @@ func (r *rig) churn(n, each int, seed uint64) (lags []time.Duration) {
 	r.t.Helper()
 	r.t.Logf("seed %d", seed)
 	c := &changer{dir: r.export, rnd: rand.New(rand.NewPCG(seed, 0))}
+	defer c.release()
 	stop := make(chan struct{})
 	wait := readers(r.t, 2, r.mnt, seed, stop)
 	defer wait()
 	defer close(stop)
 	for i := range n {
-		c.step(r.t)
+		if err := c.step(); err != nil {
+			r.t.Fatal(err)
+		}
 		if (i+1)%each > 0 {
 			continue
 		}
-		lag, ok := r.agrees(time.Now())
+		lag, ok := r.agrees(time.Now(), stale)
 		if !ok {
 			r.t.Fatalf("step %d; the last ones were:\n%s", i+1, strings.Join(c.log, "\n"))
 		}

@@ -10,5 +10,8 @@
 //   - Mounts and log lines are waited for, never slept for.
 //   - After each test there is no process of the programs, no mount, no socket, and both ended with 0.
 //   - The suites run on each kind of mount that differs in what it can: who mounts, who serves, which protocol.
+//   - TestSoak changes one tree from all sides at random for half a second in each mode, and for as long as TRANSFUSED_SOAK says; TRANSFUSED_SEED repeats
+//     the choices of a run, though not which of two was faster. With TRANSFUSED_RACE the programs are built with the race detector; then
+//     a worker is not walled in completely. make soak does both for half an hour.
 //   - POSIX in full is fstest's matter on a mount of version 2; others run it with a smaller large directory.
 package e2e

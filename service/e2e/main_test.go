@@ -47,9 +47,14 @@ func run(m *testing.M) int {
 		return 1
 	}
 	bin = dir
-	build := exec.Command("go", "build", "-o", bin, "./cmd/...")
+	build := exec.Command("go", "build", "-o", bin)
 	build.Dir = filepath.Join("..", "..")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if os.Getenv("TRANSFUSED_RACE") != "" {
+		build.Args = append(build.Args, "-race")
+		build.Env = append(build.Env, "CGO_ENABLED=1")
+	}
+	build.Args = append(build.Args, "./cmd/...")
 	build.Stderr = os.Stderr
 	if err := build.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "go build ./cmd/...:", err)

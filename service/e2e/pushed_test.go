@@ -93,7 +93,7 @@ func TestOverflow(t *testing.T) {
 	}
 	host, _ := r.told("", "")
 	for round := range 5 {
-		r.agrees(time.Now())
+		r.agrees(time.Now(), stale)
 		// Nobody reads the queue meanwhile.
 		if err := unix.Kill(host.cmd.Process.Pid, unix.SIGSTOP); err != nil {
 			t.Fatal(err)
@@ -129,7 +129,7 @@ func TestOverflow(t *testing.T) {
 		if err := unix.Kill(host.cmd.Process.Pid, unix.SIGCONT); err != nil {
 			t.Fatal(err)
 		}
-		lag, _ := r.agrees(time.Now())
+		lag, _ := r.agrees(time.Now(), stale)
 		t.Logf("after %d changes the views agree after %v", files, lag)
 	}
 	if !strings.Contains(host.text(), "changes of the host's files were lost") {
@@ -157,7 +157,7 @@ func TestStorm(t *testing.T) {
 		}
 	}
 	made := time.Now()
-	lag, _ := r.agrees(made)
+	lag, _ := r.agrees(made, stale)
 	w.mu.Lock()
 	seen := len(w.events)
 	w.mu.Unlock()
@@ -251,7 +251,7 @@ func TestKilledInEvent(t *testing.T) {
 		if err := os.WriteFile(name, []byte("x"), 0o644); err != nil {
 			t.Error(err)
 		}
-		if _, ok := r.agrees(time.Now()); !ok {
+		if _, ok := r.agrees(time.Now(), stale); !ok {
 			break
 		}
 		for _, name := range []string{"keep", "dir/keep"} {

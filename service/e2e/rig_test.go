@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -32,6 +33,7 @@ type rig struct {
 	mnt    string
 	attr   *syscall.SysProcAttr // of the programs
 	env    []string
+	ignore *regexp.Regexp // of views that are to agree; nil: nothing
 }
 
 // newRig makes a rig whose programs run as uid. What they leave behind fails the test.
@@ -130,6 +132,9 @@ func (r *rig) startCommand(name string, cmd *exec.Cmd) *program {
 	}()
 	r.t.Cleanup(func() {
 		p.stop(unix.SIGTERM)
+		if strings.Contains(p.text(), "DATA RACE") {
+			r.t.Errorf("%s has data races", name)
+		}
 		if r.t.Failed() {
 			r.t.Logf("%s:\n%s", p.cmd, p.text())
 		}

@@ -200,7 +200,7 @@ func (r *rig) lag(rate, n int) (lags []time.Duration) {
 			r.t.Fatal(err)
 		}
 	}
-	r.agrees(time.Now())
+	r.agrees(time.Now(), stale)
 	made := make(chan time.Time, n)
 	go func() {
 		defer close(made)
