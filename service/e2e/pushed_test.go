@@ -278,3 +278,69 @@ func inFUSE(pid int) bool {
 	}
 	return false
 }
+
+// A guest that changes names before it has heard what the host has done to them changes what is there now, and then sees it: not what was there
+// before under a new name, nor a directory as removed that has only moved.
+func TestStaleNames(t *testing.T) {
+	for _, c := range []struct{ name, prepare, host, guest, look string }{
+		{"rmdir", "mkdir x x/sub", "mv x z; mkdir x", "rmdir x", ""},
+		{"rename", "echo older >x", "mv x z; echo new >x", "mv x y", "y"},
+		{"rename of a directory", "mkdir x x/old", "mv x z; mkdir x x/new", "mv x y", "y/new"},
+		{"rename over a directory", "mkdir x s", "mv x z; touch z/f", "mv -T s x", ""},
+		{"rename over another directory", "mkdir x s", "mv x z; touch z/f; mkdir x", "mv -T s x", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t, 0)
+			script(t, r.export, c.prepare)
+			host, _ := r.told("", "")
+			for range 3 { // for what was looked at during a change is not believed for long
+				view(r.mnt)
+			}
+			// Who has it open keeps the kernel's inode.
+			fd, err := unix.Open(filepath.Join(r.mnt, "x"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(fd)
+			r.stopped(host.cmd.Process.Pid, func() {
+				script(t, r.export, c.host)
+				script(t, r.mnt, c.guest)
+				// To list the directory would have the kernel compare its names.
+				for begin := time.Now(); c.look != ""; time.Sleep(time.Millisecond) {
+					want, err := os.Lstat(filepath.Join(r.export, c.look))
+					if err != nil {
+						t.Fatal(err)
+					}
+					got, err := os.Lstat(filepath.Join(r.mnt, c.look))
+					if err == nil && got.Size() == want.Size() {
+						break
+					}
+					if time.Since(begin) > stale {
+						t.Errorf("%s is %v, %v", c.look, got, err)
+						break
+					}
+				}
+			})
+			r.agrees(time.Now(), stale)
+		})
+	}
+}
+
+// stopped calls f while a process stands still.
+func (r *rig) stopped(pid int, f func()) {
+	r.t.Helper()
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		r.t.Fatal(err)
+	}
+	defer unix.Kill(pid, unix.SIGCONT)
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if strings.Contains(string(b), ") T ") {
+			break
+		}
+		if time.Now().After(deadline) {
+			r.t.Fatalf("process %d does not stop", pid)
+		}
+	}
+	f()
+}

@@ -325,12 +325,17 @@ func (fs *FS) tellSome(batch []change, n *notifier) {
 		if k.op&watch.Rename != 0 {
 			n.inode(k.newDir, true)
 			n.entry(k.newDir, k.newName)
-			fs.renamed(k)
 		}
 		n.inode(k.node, k.op&watch.Modify != 0)
 		n.flushAt(fs, maxBatch)
 	}
 	n.flush(fs)
+	// Only now the guest does not believe in the old names any more (lastSeen).
+	for i := range batch {
+		if batch[i].op&watch.Rename != 0 {
+			fs.renamed(&batch[i])
+		}
+	}
 }
 
 // isUnder tells whether a node was last seen under that name.
@@ -346,10 +351,12 @@ func (k *change) undoneBy(o *change) bool {
 	return k.op&watch.Rename != 0 && o.op&watch.Rename != 0 && k.dir == o.newDir && k.newDir == o.dir && k.name == o.newName && k.newName == o.name
 }
 
-// renamed notes where a node is that the host has renamed.
+// renamed notes where a node is that the host has renamed, unless it was seen elsewhere than under the old name since.
 func (fs *FS) renamed(k *change) {
 	fs.mu.Lock()
-	if n, to := fs.nodes[k.node], fs.nodes[k.newDir]; n != nil && n != fs.root && (n.parent != to || n.name != k.newName) {
+	n, to := fs.nodes[k.node], fs.nodes[k.newDir]
+	since := n != nil && n.parent != nil && k.dir != 0 && (n.parent.id != k.dir || n.name != k.name)
+	if n != nil && n != fs.root && !since && (n.parent != to || n.name != k.newName) {
 		fs.move(n, to, k.newName)
 	}
 	fs.unlock()

@@ -20,6 +20,8 @@
 //   - A directory that the guest itself is about to remove gets a descriptor first, as it may be somebody's working directory, and
 //     so does a file that is open, has another name, or is replaced by a rename. Of any other file only the attributes stay: an O_PATH
 //     descriptor of it in the guest can be looked at, and not be opened any more (ENOENT).
+//   - The guest's kernel may not have heard yet what is under a name now. A directory that it would remove while it believes in another is
+//     ESTALE, and it looks again: or it would take the other one for dead. What it has renamed while it believed in another it forgets.
 //   - After each change of names the directory's attributes go ahead of the reply, since the guest's kernel is about to ask for them.
 //   - A directory that the host moves out of the export while the guest uses it stays usable, as for any process of the host
 //     that has it open.

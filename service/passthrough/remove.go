@@ -23,6 +23,11 @@ func (r *request) remove(flags int) fuse.Errno {
 		return e
 	}
 	victim, last := r.keepLast(dir, name)
+	if flags&unix.AT_REMOVEDIR != 0 && r.fs.lastSeen(parent, name) != victim {
+		// The guest's kernel would take the directory for dead that it believes to be there, wherever that is now. It looks again, and
+		// holds the name meanwhile.
+		return unix.ESTALE
+	}
 	r.expect(watch.Delete, parent, name)
 	if e := unlinkat(dir, name, flags); e != 0 {
 		return e
@@ -46,6 +51,13 @@ func (r *request) keep(dir int, name cname) *node {
 		_, _ = n.path() // without, the guest gets ESTALE from then on
 	}
 	return n
+}
+
+// lastSeen is the node that the guest was last told to be under a name, if it was not seen elsewhere since.
+func (fs *FS) lastSeen(parent *node, name cname) *node {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	return fs.places[place{parent, name.String()}]
 }
 
 // under finds the node under a name, and what it is.
@@ -82,7 +94,18 @@ func (r *request) lost(n *node, last *unix.Statx_t, parent *node, name cname) {
 		return
 	}
 	fs := r.fs
+	var st unix.Statx_t
+	lives := n.typ == unix.S_IFDIR && fs.stat(n, &st) == 0 && st.Nlink > 0
 	fs.mu.Lock()
+	if lives {
+		// The host has put another directory in its place since we looked. To the guest's kernel it is dead: where it is seen next
+		// it is a new node.
+		if fs.keys[n.key] == n {
+			delete(fs.keys, n.key)
+		}
+		fs.unlock()
+		return
+	}
 	n.removed = true
 	if last != nil && n.fd < 0 && len(n.opens) == 0 {
 		n.last = last

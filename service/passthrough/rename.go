@@ -45,6 +45,9 @@ func (r *request) rename(newdir uint64, flags uint32) fuse.Errno {
 	var victim *node
 	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 {
 		victim = r.keep(toFD, newname)
+		if n := r.fs.lastSeen(to, newname); n != nil && n.typ == unix.S_IFDIR && n != victim {
+			return unix.ESTALE // as for RMDIR
+		}
 	}
 	r.expect(watch.Delete, from, oldname)
 	r.expect(watch.Create, to, newname)
@@ -52,16 +55,30 @@ func (r *request) rename(newdir uint64, flags uint32) fuse.Errno {
 		r.expect(watch.Create, from, oldname)
 		r.expect(watch.Delete, to, newname)
 	}
+	believed, exchanged := r.fs.lastSeen(from, oldname), r.fs.lastSeen(to, newname)
 	if e := renameat2(fromFD, oldname, toFD, newname, flags); e != 0 {
 		return e
 	}
 	r.lost(victim, nil, to, newname)
+	// The guest's kernel moves what it believes to be there. If that is something else it has to look.
 	moved := r.found(to, toFD, newname)
+	if moved == nil || moved != believed {
+		r.fs.notThere(to, newname)
+	}
 	if flags&unix.RENAME_EXCHANGE != 0 {
-		r.found(from, fromFD, oldname)
+		if n := r.found(from, fromFD, oldname); n == nil || n != exchanged {
+			r.fs.notThere(from, oldname)
+		}
 	}
 	r.reportRename(from, oldname, to, newname, moved, flags)
 	return 0
+}
+
+// notThere has the guest forget what it believes to be under a name.
+func (fs *FS) notThere(dir *node, name cname) {
+	if fs.c.Cache == CacheCoherent {
+		fs.caching.add(change{op: watch.Create, dir: dir.id, name: name.String(), quiet: true})
+	}
 }
 
 // reportRename tells of a rename. moved is what is under the new name, if the guest knows it.
