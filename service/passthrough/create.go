@@ -26,7 +26,7 @@ func opMknod(r *request) fuse.Errno {
 	default:
 		return unix.EINVAL
 	}
-	return r.make(func(dir int, name cname) fuse.Errno {
+	return r.make(typ, func(dir int, name cname) fuse.Errno {
 		return mknodat(dir, name, typ|r.fs.createMode(dir, typ, in.Mode, in.Umask), in.Rdev)
 	})
 }
@@ -36,7 +36,7 @@ func opMkdir(r *request) fuse.Errno {
 	if !decode(r, &in) {
 		return unix.EINVAL
 	}
-	return r.make(func(dir int, name cname) fuse.Errno {
+	return r.make(unix.S_IFDIR, func(dir int, name cname) fuse.Errno {
 		return mkdirat(dir, name, r.fs.createMode(dir, unix.S_IFDIR, in.Mode, in.Umask))
 	})
 }
@@ -53,19 +53,19 @@ func opSymlink(r *request) fuse.Errno {
 	if len(target) > unix.PathMax {
 		return unix.ENAMETOOLONG
 	}
-	return r.makeNamed(name, func(dir int, name cname) fuse.Errno { return symlinkat(target, dir, name) })
+	return r.makeNamed(unix.S_IFLNK, name, func(dir int, name cname) fuse.Errno { return symlinkat(target, dir, name) })
 }
 
 // make makes what the rest of the body names, as the caller, and replies with it.
-func (r *request) make(fn func(dir int, name cname) fuse.Errno) fuse.Errno {
+func (r *request) make(typ uint32, fn func(dir int, name cname) fuse.Errno) fuse.Errno {
 	name, e := r.name()
 	if e != 0 {
 		return e
 	}
-	return r.makeNamed(name, fn)
+	return r.makeNamed(typ, name, fn)
 }
 
-func (r *request) makeNamed(name cname, fn func(dir int, name cname) fuse.Errno) fuse.Errno {
+func (r *request) makeNamed(typ uint32, name cname, fn func(dir int, name cname) fuse.Errno) fuse.Errno {
 	parent, dir, e := r.dir(r.hdr.NodeID)
 	if e != 0 {
 		return e
@@ -74,7 +74,7 @@ func (r *request) makeNamed(name cname, fn func(dir int, name cname) fuse.Errno)
 	if e := r.asCaller(func() fuse.Errno { return fn(dir, name) }); e != 0 {
 		return e
 	}
-	return r.made(parent, dir, name)
+	return r.made(typ, parent, dir, name)
 }
 
 func opLink(r *request) fuse.Errno {
@@ -105,12 +105,20 @@ func opLink(r *request) fuse.Errno {
 		return e
 	}
 	r.fs.reportFile(watch.Attrib, n) // one link more
-	return r.made(parent, dir, name)
+	return r.made(n.typ, parent, dir, name)
 }
 
-// made is entry, of what the request has made.
-func (r *request) made(parent *node, dir int, name cname) fuse.Errno {
-	e := r.entry(parent, dir, name)
+// made is entry, of what the request has made. Where the host has already put something of another type in its place it is gone, which
+// would be EIO to the guest's kernel.
+func (r *request) made(typ uint32, parent *node, dir int, name cname) fuse.Errno {
+	var st unix.Statx_t
+	e := statxAt(dir, name, &st)
+	if e == 0 && uint32(st.Mode)&unix.S_IFMT != typ {
+		e = unix.ENOENT
+	}
+	if e == 0 {
+		e = r.entryOf(parent, name, &st)
+	}
 	if e == 0 && (r.fs.heard() || r.fs.c.Dirs != nil) {
 		var out fuse.EntryOut
 		fuse.Decode(&out, r.out[fuse.OutHeaderSize:])
