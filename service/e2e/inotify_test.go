@@ -368,3 +368,28 @@ func TestTail(t *testing.T) {
 	script(t, r.export, "echo fourth >new; mv new log")
 	p.await("fourth")
 }
+
+// A directory that is made again is told again, although it may have the number of the one before, which somebody in the guest has open.
+func TestMadeAgain(t *testing.T) {
+	r := newRig(t, 0)
+	r.told("", "")
+	w := watchTree(t, r.mnt)
+	for range 5 {
+		script(t, r.export, "mkdir dir")
+		if _, ok := w.until("dir", "CREATE,ISDIR", patience); !ok {
+			t.Fatal("it is not told that the directory was made")
+		}
+		fd, err := unix.Open(filepath.Join(r.mnt, "dir"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		script(t, r.export, "rmdir dir")
+		if _, ok := w.until("dir", "DELETE,ISDIR", patience); !ok {
+			t.Fatal("it is not told that the directory was removed")
+		}
+		w.mu.Lock()
+		w.events = nil
+		w.mu.Unlock()
+	}
+}

@@ -338,12 +338,23 @@ func (fs *FS) tellSome(batch []change, n *notifier) {
 	}
 }
 
-// isUnder tells whether a node was last seen under that name.
+// isUnder tells whether a node was last seen under that name, and still is: the host may have given its number to another.
 func (fs *FS) isUnder(id, dir uint64, name string) bool {
 	fs.mu.Lock()
-	defer fs.mu.Unlock()
 	n := fs.nodes[id]
-	return n != nil && n.parent != nil && n.parent.id == dir && n.name == name
+	if n == nil || n.parent == nil || n.parent.id != dir || n.name != name {
+		fs.mu.Unlock()
+		return false
+	}
+	n.pins++
+	fs.mu.Unlock()
+	var st unix.Statx_t
+	e := fs.stat(n, &st)
+	fs.mu.Lock()
+	n.pins--
+	fs.unref(n)
+	fs.unlock()
+	return e == 0 && st.Nlink > 0
 }
 
 // undoneBy tells whether o is a rename the other way round.
