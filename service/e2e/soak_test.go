@@ -241,8 +241,17 @@ func (s *soak) compare() {
 	}
 	script(s.t, s.export, ">"+last)
 	for _, w := range s.watches {
-		if _, ok := w.until(last, "CREATE", patience); !ok {
-			s.t.Errorf("inotify of %s shows no %s", w.dir, last)
+		// What was before it is acted before it: that may take long, but goes on.
+		for seen := -1; ; {
+			events, ok := w.until(last, "CREATE", patience)
+			if ok {
+				break
+			}
+			if len(events) == seen {
+				s.t.Errorf("inotify of %s shows no %s, and nothing else any more", w.dir, last)
+				break
+			}
+			seen = len(events)
 		}
 	}
 	script(s.t, s.export, "rm "+last)
