@@ -433,7 +433,7 @@ func (x *acting) answerCall(r *request) fuse.Errno {
 		if !x.looked.Load() || !x.newLooked.Load() {
 			return unix.ESTALE
 		}
-		fs.renamed(&change{node: x.node, newDir: x.newDir, newName: x.newName})
+		fs.renamed(&change{node: x.node, newDir: x.newDir, newName: x.newName}, false)
 		return 0
 	case ActCloseWrite:
 		fs.actedOpen.Store(true)
@@ -562,7 +562,7 @@ func (x *acting) moved(r *request) fuse.Errno {
 	if e != 0 {
 		return x.unknown(r)
 	}
-	fs.renamed(&change{node: x.node, newDir: x.newDir, newName: x.newName}) // where it is found now
+	fs.renamed(&change{node: x.node, newDir: x.newDir, newName: x.newName}, false) // where it is found now
 	var st unix.Statx_t
 	if e := fs.stat(n, &st); e != 0 {
 		return unix.ENOENT // it is elsewhere by now

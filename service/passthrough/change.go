@@ -325,6 +325,7 @@ func (fs *FS) tellSome(batch []change, n *notifier) {
 		if k.op&watch.Rename != 0 {
 			n.inode(k.newDir, true)
 			n.entry(k.newDir, k.newName)
+			fs.renamed(k, true)
 		}
 		n.inode(k.node, k.op&watch.Modify != 0)
 		n.flushAt(fs, maxBatch)
@@ -333,7 +334,7 @@ func (fs *FS) tellSome(batch []change, n *notifier) {
 	// Only now the guest does not believe in the old names any more (lastSeen).
 	for i := range batch {
 		if batch[i].op&watch.Rename != 0 {
-			fs.renamed(&batch[i])
+			fs.renamed(&batch[i], false)
 		}
 	}
 }
@@ -362,12 +363,13 @@ func (k *change) undoneBy(o *change) bool {
 	return k.op&watch.Rename != 0 && o.op&watch.Rename != 0 && k.dir == o.newDir && k.newDir == o.dir && k.name == o.newName && k.newName == o.name
 }
 
-// renamed notes where a node is that the host has renamed, unless it was seen elsewhere than under the old name since.
-func (fs *FS) renamed(k *change) {
+// renamed notes where a node is that the host has renamed, unless it was seen elsewhere than under the old name since. early: only
+// if it is found by its name alone, and could not be until the guest has been told.
+func (fs *FS) renamed(k *change, early bool) {
 	fs.mu.Lock()
 	n, to := fs.nodes[k.node], fs.nodes[k.newDir]
 	since := n != nil && n.parent != nil && k.dir != 0 && (n.parent.id != k.dir || n.name != k.name)
-	if n != nil && n != fs.root && !since && (n.parent != to || n.name != k.newName) {
+	if n != nil && n != fs.root && !since && !(early && n.handle != nil) && (n.parent != to || n.name != k.newName) {
 		fs.move(n, to, k.newName)
 	}
 	fs.unlock()
