@@ -468,10 +468,13 @@ func TestCoherent(t *testing.T) {
 		r := newRig(t, 0)
 		r.blind()
 		r.told("", "")
-		lags := r.churn(500, 50, 1)
-		t.Logf("the views agreed after %s", distribution(lags))
-		if slices.Max(lags) < soon {
-			t.Error("nobody tells the guest, and it sees all the same")
+		// What is looked at for the first time, or after a second, is seen as it is.
+		for seed := range uint64(50) {
+			if lag := slices.Max(r.churn(50, 50, seed)); lag >= soon {
+				t.Logf("the views agreed after %v", lag)
+				return
+			}
 		}
+		t.Error("nobody tells the guest, and it sees all the same")
 	})
 }
