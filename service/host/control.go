@@ -70,6 +70,8 @@ func (ss *session) serveControl(conn *transport.Conn, init *wire.Init) {
 		ss.srv.changed()
 		ss.keepMounts()
 		err = ss.read(c)
+	} else if err == nil && ss.ctx.Err() != nil {
+		ss.refuse(conn) // run has not seen it
 	}
 	cancel()
 	ss.detach(c)

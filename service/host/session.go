@@ -244,11 +244,7 @@ func (ss *session) run() {
 	ss.settleLocked()
 	ss.mu.Unlock()
 	if c != nil {
-		if ss.version >= wire.Version2 {
-			// It may be gone, or not listen.
-			c.SetWriteDeadline(time.Now().Add(ss.srv.times.goodbye))
-			_ = wire.Write(c, &wire.Refused{Errno: unix.ESHUTDOWN, Text: ss.reason().Error()})
-		}
+		ss.refuse(c.Conn)
 		c.Close()
 	}
 	ss.starting.Lock() // nobody starts a worker after this: see startWorker
@@ -259,6 +255,15 @@ func (ss *session) run() {
 	}
 	ss.work.Wait()
 	ss.log.Info("session ended", "reason", ss.reason(), sd.SessionEnded.Attr())
+}
+
+// refuse tells a guest of version 2 that the session has ended.
+func (ss *session) refuse(c *transport.Conn) {
+	if ss.version >= wire.Version2 {
+		// It may be gone, or not listen.
+		c.SetWriteDeadline(time.Now().Add(ss.srv.times.goodbye))
+		_ = wire.Write(c, &wire.Refused{Errno: unix.ESHUTDOWN, Text: ss.reason().Error()})
+	}
 }
 
 // reason is why the session ends.
