@@ -36,7 +36,8 @@
 //     ours, for a moment. See shared.
 //   - For the guest's inotify it makes calls that change nothing, and whose requests are answered as they want it. See Actor and acting.
 //     One that is Plain may follow a path out of the mount, and is not asked to where it would. See leads.
-//   - Requests are served in turns of reading; see stream. A 4 KiB read is two system calls (read, pread) and a write.
+//   - Requests are served in turns of reading; see stream. A 4 KiB read is two system calls (read, pread) and a write. Large data do not
+//     pass our memory where the stream hands on pages; see bulk.
 //   - The guest's trusted.* are user.transfuse.trusted.* on the host, and so EPERM on a symbolic link; see trustedRule.
 //   - Locks are the host's; see lockTable. Owners are those of the guest's callers; see creds.
 //

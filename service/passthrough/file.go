@@ -123,6 +123,9 @@ func opRead(r *request) fuse.Errno {
 	if h.isDir() {
 		return unix.EISDIR
 	}
+	if r.readIntoPipe(h.fd, int64(in.Offset), int(in.Size)) {
+		return 0
+	}
 	n, e := pread(h.fd, r.room(int(in.Size)), int64(in.Offset))
 	if e != 0 {
 		return e
@@ -133,7 +136,7 @@ func opRead(r *request) fuse.Errno {
 
 func opWrite(r *request) fuse.Errno {
 	var in fuse.WriteIn
-	if !decode(r, &in) || int(in.Size) != len(r.body) || int64(in.Offset) < 0 {
+	if !decode(r, &in) || int(in.Size) != len(r.body)+r.piped || int64(in.Offset) < 0 {
 		return unix.EINVAL
 	}
 	h, e := r.handle(in.Fh)
@@ -148,12 +151,27 @@ func opWrite(r *request) fuse.Errno {
 		how = unix.RWF_APPEND // the offset is what the guest takes for the end
 	}
 	r.expectFile(watch.Modify, h.node)
-	n, e := pwrite(h.fd, r.body, int64(in.Offset), how)
+	n, e := r.write(h.fd, int64(in.Offset), how)
 	if e != 0 {
 		return e
 	}
 	r.fs.reportFile(watch.Modify, h.node)
 	return reply(r, &fuse.WriteOut{Size: uint32(n)})
+}
+
+// write writes the data of a WRITE, as pwrite does.
+func (r *request) write(fd int, off int64, how int) (n int, e fuse.Errno) {
+	if r.piped > 0 && how == 0 {
+		if n, e = r.writePiped(fd, off); e != unix.EINVAL {
+			return n, e
+		}
+	}
+	if r.piped > 0 {
+		if e := r.unpipe(r.piped); e != 0 {
+			return 0, e
+		}
+	}
+	return pwrite(fd, r.body, off, how)
 }
 
 func opFlush(r *request) fuse.Errno {

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/splice"
 )
 
 // request is one request under way. A goroutine that serves keeps one and uses it again, so an operation must hold
@@ -27,6 +28,9 @@ type request struct {
 
 	group    uint32 // the supplementary group to create with, if hasGroup
 	hasGroup bool
+
+	pipe  *splice.Pipe // of large data; nil: they are in body or out
+	piped int          // bytes in it
 
 	pinned   [6]*node // released with the request
 	npinned  int
@@ -127,6 +131,7 @@ func (r *request) release() {
 		clear(r.pinned[:])
 		r.npinned, r.nheld = 0, 0
 	}
+	r.givePipe()
 	if r.inBuf != nil {
 		r.fs.limits.putBuffer(r.inBuf)
 		r.inBuf = nil

@@ -47,6 +47,7 @@ type stream struct {
 	out   []byte     // small replies that go with the next one
 
 	// For who has the turn.
+	bulk  bulk
 	buf   []byte // bytes r to w were read and not used
 	r, w  int
 	ended bool
@@ -58,9 +59,11 @@ type stream struct {
 // or one after the other: what the guest knows and has open is the mount's. Of a stream that breaks off the requests under way are done, and their replies lost.
 func (fs *FS) Serve(c io.ReadWriteCloser) error {
 	s := &stream{fs: fs, c: c, turn: make(chan struct{}, 1), wake: make(chan struct{}, 1), done: make(chan struct{}), buf: make([]byte, readAhead), out: make([]byte, 0, keepReplies)}
+	s.bulk.begin(c)
 	s.wg.Go(s.watch)
 	s.pass()
 	s.wg.Wait()
+	s.endBulk()
 	c.Close() // an error can't be of a reply: those were written
 	return s.err
 }
@@ -166,7 +169,11 @@ func (s *stream) read(r *request) error {
 			s.w = copy(s.buf, s.buf[s.r:s.w])
 			s.r = 0
 		}
-		n, err := s.c.Read(s.buf[s.w:])
+		room := s.buf[s.w:]
+		if s.bulk.writes {
+			room = room[:writeHead-s.w]
+		}
+		n, err := s.c.Read(room)
 		s.w += n
 		if n == 0 && err != nil {
 			if errors.Is(err, io.EOF) && s.w > 0 {
@@ -185,6 +192,12 @@ func (s *stream) read(r *request) error {
 	}
 	s.r += fuse.InHeaderSize
 	n := int(r.hdr.Len) - fuse.InHeaderSize
+	if s.goesPiped(r, n) {
+		if err := s.readPiped(r, n); err != nil {
+			return fmt.Errorf("reading the rest of a request: %w", err)
+		}
+		return nil
+	}
 	if n <= len(r.inSmall) {
 		r.body = r.inSmall[:n]
 	} else {
@@ -257,8 +270,25 @@ func (s *stream) answer(r *request, op *op, keep bool) {
 	if e == 0 && op.names && s.fs.c.Ahead {
 		first = r.tellAhead()
 	}
-	s.reply(first, r.out, r.hdr.Unique, e, keep)
+	if e == 0 && r.piped > 0 {
+		s.replyPiped(r)
+	} else {
+		s.reply(first, r.out, r.hdr.Unique, e, keep)
+	}
 	r.release()
+}
+
+// replyPiped writes what was kept, and the reply whose data are in the request's pipe.
+func (s *stream) replyPiped(r *request) {
+	size := len(r.out) + r.piped
+	fuse.Put(r.out, &fuse.OutHeader{Len: uint32(size), Unique: r.hdr.Unique})
+	s.fs.sent.Add(uint64(size))
+	s.outMu.Lock()
+	defer s.outMu.Unlock()
+	s.flushLocked()
+	if _, err := s.c.Write(r.out); err == nil {
+		_ = r.sendPiped() // as in reply
+	}
 }
 
 // reply writes b, which begins with room for the header, and before it first and what was kept; or keeps all that.
