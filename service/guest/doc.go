@@ -43,6 +43,10 @@
 // (transport.Yielder); 24.5 µs with one for both. poll(2) before read(2) in the server, which saves it the wake-ups that the kernel gives all
 // sleepers on a Unix socket, won nothing; nor did SCHED_BATCH. A second reader of the device was measured and lost.
 //
+// Large data go through pipes (bulk, package splice) over a stream that hands on pages. The kernel gives a request to a pipe whole or loses it, so that over
+// such a stream max_write is half of what a pipe holds. On one CPU of two, AMD EPYC, tmpfs behind, dd of 1 GiB by 1 MiB, in turns: writing a new file 570 to 810 MB/s
+// copied and 920 to 940 by pipes, writing it again 1200 to 1400 and 1700 to 1900, reading it 690 to 860 and 1100 to 1200.
+//
 // The pump learns max_write and max_pages from INIT's reply, and bounds both to MaxData there, whatever the kernel would
 // allow; the buffers grow with INIT's reply. Features that need the device's
 // owner at the server (PASSTHROUGH, OVER_IO_URING) are hidden from both sides.

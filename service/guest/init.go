@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/splice"
 )
 
 // ownerBits are features of INIT that need the device's owner beside the server: backing files are registered by an
@@ -46,14 +47,18 @@ func (p *Pump) initReply(msg []byte) error {
 	}
 	clearBits(body, initFlags, uint32(ownerBits&0xffffffff))
 	clearBits(body, initFlags2Out, uint32(ownerBits>>32))
+	most := MaxData
+	if p.bulk.saves {
+		most = splice.MaxData
+	}
 	write := uint32(4096) // the kernel's least (fs/fuse/inode.c, process_init_reply)
 	if len(body) >= initMaxWrite+4 {
-		write = min(max(write, binary.LittleEndian.Uint32(body[initMaxWrite:])), MaxData)
+		write = min(max(write, binary.LittleEndian.Uint32(body[initMaxWrite:])), uint32(most))
 		binary.LittleEndian.PutUint32(body[initMaxWrite:], write)
 	}
 	pages := uint16(32) // FUSE_DEFAULT_MAX_PAGES_PER_REQ
 	if len(body) >= initMaxPages+2 && uint64(binary.LittleEndian.Uint32(body[initFlags:]))&fuse.MAX_PAGES != 0 {
-		pages = min(max(1, binary.LittleEndian.Uint16(body[initMaxPages:])), uint16(MaxData/pageSize))
+		pages = min(max(1, binary.LittleEndian.Uint16(body[initMaxPages:])), uint16(most/pageSize))
 		binary.LittleEndian.PutUint16(body[initMaxPages:], pages)
 	}
 	p.minor.Store(binary.LittleEndian.Uint32(body[4:]))

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/splice"
 	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/watchdog"
 )
@@ -79,6 +80,7 @@ type Pump struct {
 	maxWrite    atomic.Uint32
 	agreed      func(agreed) // called when INIT's reply is known, before the kernel has it; nil: not
 
+	bulk      bulk
 	ahead     bool // the host may tell attributes ahead
 	shortcuts shortcuts
 
@@ -159,6 +161,7 @@ func newPump(d *device, sock int, o PumpOptions) (*Pump, error) {
 	}
 	p := &Pump{dev: d, sock: sock, log: o.Log, waker: w, requestSize: minRequest + headRoom + maxForgets, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{}),
 		traffic: &traffic{}, loop: &watchdog.Loop{}}
+	p.bulk.saves = splice.Saves(sock)
 	p.shortcuts = shortcuts{noFlush: o.NoFlush, locked: map[uint64]struct{}{}}
 	return p, nil
 }
@@ -202,6 +205,7 @@ func (p *Pump) Run() error {
 	p.loop.Enter(watchdog.WaitPeer) // it does nothing any more
 	p.stop(err)
 	p.waker.close()
+	p.bulk.close()
 	if p.ownsDev {
 		p.dev.close()
 	}
@@ -384,7 +388,7 @@ var errUnmounted = errors.New("unmounted")
 // request reads one request, behind the held bytes of FORGETs in buf, and answers it, sends it to the host, or holds it
 // too. It returns how many bytes are held then, and whether another request is likely to be there already.
 func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error) {
-	n, err := readNow(p.dev.fd, buf[held:])
+	n, piped, err := p.read(buf[held:])
 	switch err {
 	case nil:
 	case unix.EAGAIN:
@@ -399,8 +403,8 @@ func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error)
 		return 0, false, fmt.Errorf("read /dev/fuse: %w", err)
 	}
 	msg := buf[held : held+n]
-	if n < fuse.InHeaderSize || int(binary.LittleEndian.Uint32(msg)) != n {
-		return 0, false, fmt.Errorf("read /dev/fuse: a request of %d bytes whose header says %d", n, binary.LittleEndian.Uint32(msg))
+	if n < fuse.InHeaderSize || int(binary.LittleEndian.Uint32(msg)) != n+piped {
+		return 0, false, fmt.Errorf("read /dev/fuse: a request of %d bytes whose header says %d", n+piped, binary.LittleEndian.Uint32(msg))
 	}
 	var h fuse.InHeader
 	body, _ := fuse.Decode(&h, msg) // it is long enough
@@ -410,7 +414,7 @@ func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error)
 	}
 	if answer := p.shortcuts.request(&h, body); answer != nil {
 		p.traffic.answered.Add(1)
-		return held, true, p.write(answer, h.Unique)
+		return held, true, p.write(answer)
 	}
 	switch h.Opcode {
 	case fuse.OpInit:
@@ -420,21 +424,27 @@ func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error)
 			return held + n, true, nil
 		}
 	}
-	return 0, false, p.send(buf[:held+n])
+	if err := p.send(buf[:held+n]); err != nil || piped == 0 {
+		return 0, false, err
+	}
+	return 0, false, p.sendBy(piped, func(left int) (int, error) { return p.bulk.out.Give(p.sock, nil, left) })
 }
 
-// send writes all of b to the stream. While that takes none, replies are received: a host that waits for us to read
-// could otherwise wait for ever.
+// send writes all of b to the stream.
 func (p *Pump) send(b []byte) error {
-	for {
-		n, err := writeNow(p.sock, b)
-		if n > 0 {
-			b = b[n:]
-		}
+	return p.sendBy(len(b), func(left int) (int, error) { return writeNow(p.sock, b[len(b)-left:]) })
+}
+
+// sendBy sends n bytes by calls of some, which sends as many of those that are left as the stream takes. While that takes none, replies are
+// received: a host that waits for us to read could otherwise wait for ever.
+func (p *Pump) sendBy(n int, some func(left int) (int, error)) error {
+	for n > 0 {
+		sent, err := some(n)
 		switch {
-		case len(b) == 0:
-			return nil
-		case err == nil || err == unix.EINTR:
+		case err == nil:
+			n -= sent
+			continue
+		case err == unix.EINTR:
 			continue
 		case err != unix.EAGAIN:
 			return fmt.Errorf("%w: write: %w", ErrStream, err)
@@ -453,12 +463,22 @@ func (p *Pump) send(b []byte) error {
 			}
 		}
 	}
+	return nil
 }
 
 // receive reads what has come from the host and writes each whole message to the device.
 func (p *Pump) receive() error {
 	for {
-		n, err := readNow(p.sock, p.in[p.end:])
+		if p.bulk.toCome > 0 {
+			if copied, err := p.receivePiped(); err != nil || !copied {
+				return err
+			}
+		}
+		room := p.in[p.end:]
+		if p.bulk.reads && p.end < fuse.OutHeaderSize {
+			room = room[:fuse.OutHeaderSize-p.end]
+		}
+		n, err := readNow(p.sock, room)
 		switch {
 		case err == unix.EINTR:
 			continue
@@ -479,6 +499,9 @@ func (p *Pump) receive() error {
 			if size < fuse.OutHeaderSize || size > p.maxReply {
 				return fmt.Errorf("%w: a message of %d bytes; 16 to %d are allowed", ErrProtocol, size, p.maxReply)
 			}
+			if p.goesPiped(size) {
+				break
+			}
 			if p.end-p.start < size {
 				break
 			}
@@ -491,6 +514,12 @@ func (p *Pump) receive() error {
 		if p.start > 0 {
 			p.end = copy(p.in, p.in[p.start:p.end])
 			p.start = 0
+		}
+		if p.bulk.toCome > 0 {
+			if err := p.bulk.in.Write(p.in[:p.end]); err != nil {
+				return err
+			}
+			continue
 		}
 		if len(p.in) < p.maxReply {
 			p.in = append(prefaulted(p.maxReply)[:0], p.in[:p.end]...)[:p.maxReply]
@@ -519,17 +548,27 @@ func (p *Pump) reply(msg []byte) error {
 		}
 	}
 	p.shortcuts.replied(unique)
-	return p.write(msg, unique)
+	return p.write(msg)
 }
 
 // write writes one reply to the device. It returns an error only where the pump must end.
-func (p *Pump) write(msg []byte, unique uint64) error {
-	p.traffic.end(unique, len(msg), int32(binary.LittleEndian.Uint32(msg[4:])))
+func (p *Pump) write(msg []byte) error {
+	return p.deliver(msg, func() error {
+		_, err := writeNow(p.dev.fd, msg)
+		return err
+	})
+}
+
+// deliver counts a reply and has it written to the device. It returns an error only where the pump must end.
+func (p *Pump) deliver(head []byte, write func() error) error {
+	var h fuse.OutHeader
+	fuse.Decode(&h, head)
+	p.traffic.end(h.Unique, int(h.Len), h.Error)
 	if rec := p.perf.Load(); rec != nil {
-		rec.stop(unique)
+		rec.stop(h.Unique)
 	}
 	for {
-		_, err := writeNow(p.dev.fd, msg)
+		err := write()
 		if err == nil {
 			return nil
 		}
@@ -543,8 +582,7 @@ func (p *Pump) write(msg []byte, unique uint64) error {
 		case syscall.ENODEV, syscall.ECONNABORTED:
 			return nil // unmounted: who reads requests sees it and says so
 		case syscall.EINVAL:
-			return fmt.Errorf("%w: the kernel refused a reply: length %d, error %d, unique %#x", ErrProtocol,
-				len(msg), int32(binary.LittleEndian.Uint32(msg[4:])), unique)
+			return fmt.Errorf("%w: the kernel refused a reply: length %d, error %d, unique %#x", ErrProtocol, h.Len, h.Error, h.Unique)
 		default:
 			return fmt.Errorf("write /dev/fuse: %w", err)
 		}

@@ -15,6 +15,7 @@ import (
 
 	"transfused.org/transfused/service/fstest"
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/splice"
 )
 
 // needRoot fails a test that mounts where it can't.
@@ -72,6 +73,8 @@ type tinyFS struct {
 	initOut fuse.InitOut
 	// handle may answer a request itself: the whole message to send, nil for "as usual".
 	handle func(h fuse.InHeader, body []byte) []byte
+	pieces int  // bytes that are sent at once; 0: a whole reply
+	end    bool // after the next reply
 }
 
 const helloNode = 2
@@ -92,7 +95,10 @@ func message(unique uint64, errno fuse.Errno, body []byte) []byte {
 // serve answers until the stream ends.
 func (s *tinyFS) serve(c io.ReadWriter) error {
 	buf := make([]byte, 2<<20)
-	for {
+	if s.pieces > 0 {
+		c = pieces{c, s.pieces}
+	}
+	for !s.end {
 		if _, err := io.ReadFull(c, buf[:4]); err != nil {
 			return err
 		}
@@ -115,6 +121,7 @@ func (s *tinyFS) serve(c io.ReadWriter) error {
 			}
 		}
 	}
+	return nil
 }
 
 func (s *tinyFS) answer(h fuse.InHeader, body []byte) []byte {
@@ -123,7 +130,7 @@ func (s *tinyFS) answer(h fuse.InHeader, body []byte) []byte {
 		o := s.initOut
 		if o.Major == 0 {
 			o = fuse.InitOut{Major: fuse.Major, Minor: fuse.Minor, MaxReadahead: 1 << 17, MaxWrite: MaxData, MaxBackground: 64,
-				Flags: uint32(fuse.MAX_PAGES), MaxPages: 256, TimeGran: 1}
+				Flags: uint32(fuse.MAX_PAGES | fuse.BIG_WRITES), MaxPages: 256, TimeGran: 1}
 		}
 		return message(h.Unique, 0, fuse.Append(nil, &o))
 	case fuse.OpLookup:
@@ -199,7 +206,7 @@ func TestPumpCarriesAFileSystem(t *testing.T) {
 		t.Errorf("stat absent: %v", err)
 	}
 	st := p.Stats()
-	if st.MaxWrite != MaxData || st.Minor != fuse.Minor || st.Requests == 0 || st.Replies == 0 {
+	if st.MaxWrite != splice.MaxData || st.Minor != fuse.Minor || st.Requests == 0 || st.Replies == 0 {
 		t.Errorf("stats: %+v", st)
 	}
 	if err := stop(); err != nil {
@@ -216,7 +223,7 @@ func TestPumpNegotiates(t *testing.T) {
 	}{
 		{"old and small", fuse.InitOut{Major: 7, Minor: 31, MaxWrite: 4096, TimeGran: 1}, 4096},
 		{"zero", fuse.InitOut{Major: 7, Minor: 31, TimeGran: 1}, 4096},
-		{"too much", fuse.InitOut{Major: 7, Minor: 45, MaxWrite: 1 << 31, Flags: uint32(fuse.MAX_PAGES), MaxPages: 65535, TimeGran: 1}, MaxData},
+		{"too much", fuse.InitOut{Major: 7, Minor: 45, MaxWrite: 1 << 31, Flags: uint32(fuse.MAX_PAGES), MaxPages: 65535, TimeGran: 1}, splice.MaxData},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			fstest.Leaks(t)

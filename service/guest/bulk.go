@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guest
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+
+	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/splice"
+)
+
+// bulk is a pump's way for large data, over a stream that hands on pages: the data of a WRITE, and of a READ's reply, go
+// through a pipe and are not copied here. What a message will be is not known before it is read, so that it is tried where the one
+// before was large.
+type bulk struct {
+	saves bool         // the stream does
+	out   *splice.Pipe // from the device to the stream; nil: not yet
+	in    *splice.Pipe // from the stream to the device; nil: not yet
+
+	writes bool // the last request was a large WRITE
+	reads  bool // the last reply was large
+	toCome int  // bytes of a reply, whose beginning is in the pipe in, that have not come yet
+}
+
+// writeHead is what a WRITE has before its data: fuse_in_header and fuse_write_in.
+const writeHead = 80
+
+// may tells whether a message goes by the pipe, and makes that. The kernel loses a request that does not fit its reader's pipe: max_write
+// is what keeps it from making one, and an earlier pump may have agreed to more.
+func (b *bulk) may(p **splice.Pipe, maxWrite uint32) bool {
+	if !b.saves || maxWrite == 0 || maxWrite > splice.MaxData {
+		return false
+	}
+	if *p == nil {
+		made, err := splice.New()
+		if err != nil {
+			b.saves = false // the user has too many already; it works without
+			return false
+		}
+		*p = made
+	}
+	return true
+}
+
+func (b *bulk) close() {
+	for _, p := range [...]*splice.Pipe{b.out, b.in} {
+		if p != nil {
+			p.Close()
+		}
+	}
+}
+
+// read reads a request into buf, but for the data of a large WRITE that follows another one: so many bytes of it are in the pipe.
+func (p *Pump) read(buf []byte) (n, piped int, err error) {
+	b := &p.bulk
+	if !b.writes || !b.may(&b.out, p.maxWrite.Load()) {
+		n, err = readNow(p.dev.fd, buf)
+		b.writes = err == nil && n >= writeHead+splice.MinData && isWrite(buf)
+		return n, 0, err
+	}
+	size, err := b.out.Take(p.dev.fd, nil, len(buf))
+	if err != nil {
+		return 0, 0, err
+	}
+	n = min(size, writeHead)
+	if err := b.out.Read(buf[:n]); err != nil {
+		return 0, 0, err
+	}
+	if b.writes = size >= writeHead+splice.MinData && isWrite(buf); b.writes {
+		return n, size - n, nil
+	}
+	return size, 0, b.out.Read(buf[n:size])
+}
+
+func isWrite(msg []byte) bool {
+	return fuse.Opcode(binary.LittleEndian.Uint32(msg[4:])) == fuse.OpWrite
+}
+
+// goesPiped tells whether the reply whose header is the first that was not written yet goes through the pipe: it is large, and so was
+// the one before, so that nothing of it was read but the header.
+func (p *Pump) goesPiped(size int) bool {
+	b := &p.bulk
+	var h fuse.OutHeader
+	fuse.Decode(&h, p.in[p.start:p.end])
+	tried := b.reads && p.end-p.start == fuse.OutHeaderSize
+	b.reads = size >= fuse.OutHeaderSize+splice.MinData && h.Error == 0 && h.Unique != 0 && b.may(&b.in, p.maxWrite.Load())
+	if tried && b.reads {
+		b.toCome = size - fuse.OutHeaderSize
+	}
+	return b.toCome > 0
+}
+
+// receivePiped goes on with a large reply, whose header is in p.in and, with what has come of it, in the pipe. When it is all there it is
+// written to the device. copied: it had to leave the pipe, and goes on in p.in.
+func (p *Pump) receivePiped() (copied bool, err error) {
+	b := &p.bulk
+	size := int(binary.LittleEndian.Uint32(p.in))
+	for b.toCome > 0 {
+		n, err := b.in.Take(p.sock, nil, b.toCome)
+		switch {
+		case err == unix.EAGAIN && b.in.Full():
+			// It comes in small pieces, and each takes the room of a page.
+			p.end = size - b.toCome
+			b.toCome, b.reads = 0, false
+			return true, b.in.Read(p.in[:p.end])
+		case err == unix.EAGAIN:
+			return false, nil
+		case err == nil && n == 0:
+			err = io.ErrUnexpectedEOF
+			fallthrough
+		case err != nil:
+			return false, fmt.Errorf("%w: read: %w", ErrStream, err)
+		}
+		b.toCome -= n
+	}
+	head := p.in[:p.end]
+	p.end = 0
+	p.shortcuts.replied(binary.LittleEndian.Uint64(head[8:]))
+	return false, p.deliver(head, func() error {
+		_, err := b.in.Give(p.dev.fd, nil, size)
+		return err
+	})
+}
