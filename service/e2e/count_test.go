@@ -14,6 +14,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/splice"
 )
 
 // calls counts the system calls of a process, but for those by which the runtime schedules and collects, or waits: how many those are is a
@@ -133,6 +135,11 @@ func TestCounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Munmap(block)
+	large, err := unix.Mmap(-1, 0, splice.MaxData, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(large)
 	direct := -1
 	for _, c := range []struct {
 		name           string
@@ -154,6 +161,14 @@ func TestCounts(t *testing.T) {
 		}},
 		{"write", "WRITE", 5, 3, func(int) error {
 			_, err := unix.Pwrite(direct, block, 0)
+			return err
+		}},
+		{"large write", "WRITE", 8, 5, func(int) error {
+			_, err := unix.Pwrite(direct, large, 0)
+			return err
+		}},
+		{"large read", "READ", 8, 5, func(int) error {
+			_, err := unix.Pread(direct, large, 0)
 			return err
 		}},
 		{"readdir", "LOOKUP READDIR READDIRPLUS", 15, 20, func(i int) error {
