@@ -78,6 +78,7 @@ func TestSecurity(t *testing.T) {
 	// In tenths. What keeps them above 0 is in the units: the namespace that transfused must stay in, and what a file server does.
 	for unit, most := range map[string]int{
 		"transfused.service":           45,
+		"transfused-clean-up.service":  45,
 		"transfuse-host.service":       35,
 		"transfuse-host@.service":      35,
 		"transfuse-host-user@.service": 10,
@@ -120,7 +121,7 @@ func TestNamespaces(t *testing.T) {
 	makes := hides + `|PrivateDevices|PrivateMounts|PrivateNetwork|PrivateIPC|NetworkNamespacePath|IPCNamespacePath|MountFlags|MountAPIVFS|MountImages|` +
 		`ExtensionImages|ExtensionDirectories|BindPaths|BindReadOnlyPaths|ReadWritePaths|ExecPaths|ProtectKernelTunables|ProtectKernelLogs|` +
 		`ProtectControlGroups|ProtectProc|ProcSubset|LogNamespace|PrivateUsers|RuntimeDirectory|StateDirectory|CacheDirectory|LogsDirectory`
-	for unit, never := range map[string]string{"transfused.service": makes, "transfuse-host.service": hides} {
+	for unit, never := range map[string]string{"transfused.service": makes, "transfused-clean-up.service": makes, "transfuse-host.service": hides} {
 		never := regexp.MustCompile(`^(` + never + `)=`)
 		for _, s := range settings(t, unit) {
 			if never.MatchString(s) {

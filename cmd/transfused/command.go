@@ -317,7 +317,7 @@ func (f flags) run(ctx context.Context, c guest.Config, control *transport.Liste
 	return err
 }
 
-// newCleanUp makes the command that ExecStopPost= calls.
+// newCleanUp makes the command of transfused-clean-up.service.
 func newCleanUp() *cobra.Command {
 	return &cobra.Command{
 		Use:    "clean-up",
@@ -325,10 +325,6 @@ func newCleanUp() *cobra.Command {
 		Hidden: true,
 		Args:   cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			stop, err := sd.Stop()
-			if err != nil || !stop {
-				return err
-			}
 			return guest.CleanUp(guest.StateDir())
 		},
 	}

@@ -54,7 +54,7 @@ func (d *Daemon) writeList() error {
 	return os.Rename(name+".new", name)
 }
 
-// CleanUp detaches the mounts that a daemon has left behind whose store is about to be emptied: it was killed while it
+// CleanUp detaches the mounts that a daemon has left behind whose store is emptied: it was killed while it
 // was stopping. Of what is mounted elsewhere or by others nothing is touched.
 func CleanUp(stateDir string) error {
 	name := filepath.Join(stateDir, listName)

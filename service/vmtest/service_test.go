@@ -362,7 +362,7 @@ func testServiceStop(t *testing.T, r *serviceRig) {
 	r.want(t, "", "pgrep -a transfused || true")
 	r.guest(t, "systemctl start transfused; await mounted /mnt/cred")
 	// A daemon that does not stop is killed, and what it leaves is detached.
-	r.guest(t, "mkdir -p /run/systemd/system/transfused.service.d; printf '[Service]\\nTimeoutStopSec=2\\n' >/run/systemd/system/transfused.service.d/w.conf; systemctl daemon-reload; kill -STOP $(systemctl show -P MainPID transfused); systemctl stop transfused.service; unmounted /mnt/cred; rm /run/systemd/system/transfused.service.d/w.conf; systemctl daemon-reload")
+	r.guest(t, "mkdir -p /run/systemd/system/transfused.service.d; printf '[Service]\\nTimeoutStopSec=2\\n' >/run/systemd/system/transfused.service.d/w.conf; systemctl daemon-reload; kill -STOP $(systemctl show -P MainPID transfused); systemctl stop transfused.service; await unmounted /mnt/cred; rm /run/systemd/system/transfused.service.d/w.conf; systemctl daemon-reload")
 	r.guest(t, "systemctl reset-failed transfused; systemctl start transfused; await mounted /mnt/cred; cat /mnt/cred/tag")
 }
 
