@@ -60,7 +60,7 @@ demo: build ## export, mount and use a directory here, no VM needed; DIR=/some/d
 	@packaging/demo $(BIN) $(DIR)
 
 test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on real mounts
-	@.ci/deps fuse3 acl attr git rsync vim dbus-daemon systemd man-db
+	@.ci/deps fuse3 acl attr gcc libc6-dev git rsync vim dbus-daemon systemd man-db
 	$(GO) test -timeout 15m ./...
 
 test-vm: ## the same and more over real virtio-vsock, in a Debian VM (built and cached first)
@@ -72,8 +72,8 @@ soak: ## host and guests change one tree at random in six modes, SOAK (5m) each,
 	@.ci/deps fuse3 gcc libc6-dev
 	TRANSFUSED_SOAK=$(SOAK) TRANSFUSED_RACE=1 $(GO) test -count 1 -timeout 0 -v -run '^TestSoak$$' ./service/e2e
 
-bench: ## time transfused, bindfs and sshfs side by side on one tree
-	@.ci/deps fuse3 bindfs sshfs openssh-sftp-server git
+bench: ## time transfused, bindfs, sshfs and a floor in C side by side on one tree
+	@.ci/deps fuse3 bindfs sshfs openssh-sftp-server gcc libc6-dev git
 	$(GO) run ./service/bench -check
 
 FUZZTIME ?= 30s

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -42,6 +43,35 @@ func TestMeasure(t *testing.T) {
 	for _, f := range left {
 		if !strings.HasPrefix(filepath.Base(f), "file") { // of case create
 			t.Errorf("left %s", f)
+		}
+	}
+}
+
+// TestFloor runs every case at a small scale on the servers in C.
+func TestFloor(t *testing.T) {
+	fstest.Leaks(t)
+	if os.Geteuid() != 0 {
+		t.Fatal("this test mounts: run it as root")
+	}
+	c := config{Dir: t.TempDir(), Cases: caseNames(), Peers: []string{cServer, cFloor}, Runs: 2, Scale: smallScale}
+	if err := requirements(c.Peers); err != nil {
+		t.Fatal(err)
+	}
+	if err := buildFloor(t.Context(), c.Dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := makeTree(t.Context(), c.Dir, c.Scale); err != nil {
+		t.Fatal(err)
+	}
+	res, err := measureAll(t.Context(), free, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range res.Rows {
+		for _, p := range c.Peers {
+			if v := r.Rounds[p]; len(v) != 2 || v[0] <= 0 || v[1] <= 0 {
+				t.Errorf("%s of %s: rounds %v", r.Case, p, v)
+			}
 		}
 	}
 }

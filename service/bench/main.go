@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -95,6 +96,11 @@ func run(ctx context.Context) error {
 			return err
 		}
 	}
+	if slices.Contains(c.Peers, cServer) || slices.Contains(c.Peers, cFloor) {
+		if err := buildFloor(ctx, work); err != nil {
+			return err
+		}
+	}
 	fmt.Fprintln(os.Stderr, "making the tree")
 	if err := makeTree(ctx, c.Dir, c.Scale); err != nil {
 		return fmt.Errorf("make the tree: %w", err)
@@ -144,6 +150,21 @@ func build(ctx context.Context, bin string) error {
 	return nil
 }
 
+//go:embed floor/floor.c
+var floorSource []byte
+
+// buildFloor makes the program floor in dir.
+func buildFloor(ctx context.Context, dir string) error {
+	source := filepath.Join(dir, "floor.c")
+	if err := os.WriteFile(source, floorSource, 0o600); err != nil {
+		return err
+	}
+	if out, err := exec.CommandContext(ctx, "gcc", "-O2", "-o", filepath.Join(dir, "floor"), source).CombinedOutput(); err != nil {
+		return fmt.Errorf("build floor.c: %w\n%s", err, out)
+	}
+	return nil
+}
+
 // requirements says what is to be installed.
 func requirements(peers []string) error {
 	need := map[string]string{"fusermount3": "fuse3", "git": "git", "cp": "coreutils"}
@@ -152,6 +173,12 @@ func requirements(peers []string) error {
 	}
 	if slices.Contains(peers, "sshfs") || slices.Contains(peers, lax) {
 		need["sshfs"], need[sftpServer] = "sshfs", "openssh-sftp-server"
+	}
+	if slices.Contains(peers, cServer) || slices.Contains(peers, cFloor) {
+		need["gcc"] = "gcc libc6-dev"
+		if os.Geteuid() != 0 {
+			return fmt.Errorf("%s and %s mount by themselves: run this as root, or choose others by -peers", cServer, cFloor)
+		}
 	}
 	var missing []string
 	for program, pkg := range need {

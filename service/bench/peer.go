@@ -20,13 +20,15 @@ const (
 	ours       = "transfused"
 	bare       = "bare"
 	lax        = "sshfs-lax"
+	cServer    = "c-server" // floor.c on the device
+	cFloor     = "c-floor"  // floor.c behind a relay
 	sftpServer = "/usr/lib/openssh/sftp-server"
 
 	patience = 10 * time.Second // for a mount to come or a process to end
 )
 
 // peerNames in the order of the table: ours last.
-var peerNames = []string{bare, "bindfs", lax, "sshfs", ours}
+var peerNames = []string{bare, cServer, "bindfs", cFloor, lax, "sshfs", ours}
 
 // peer is one way to see the tree, at dir. A mount is there from mount to unmount.
 type peer struct {
@@ -69,6 +71,10 @@ func (p *peer) commands() [][]string {
 			options += ",default_permissions" // as bindfs and ours have it: the kernel checks permissions
 		}
 		return [][]string{{"sshfs", "-f", "-o", options, "localhost:" + p.src, p.dir}}
+	case cServer:
+		return [][]string{{filepath.Join(p.c.Dir, "floor"), "server", p.src, p.dir}}
+	case cFloor:
+		return [][]string{{filepath.Join(p.c.Dir, "floor"), "relay", p.src, p.dir}}
 	case ours:
 		sock := filepath.Join(p.c.Dir, "host.sock")
 		return [][]string{
