@@ -143,7 +143,7 @@ func TestCounts(t *testing.T) {
 	direct := -1
 	for _, c := range []struct {
 		name           string
-		asked          string // requests of each; the daemon answers GETATTR and FLUSH by itself after what changes a directory
+		asked          string // requests of each; the daemon answers GETATTR and FLUSH by itself after what changes a directory, and GETXATTR of a new file
 		daemon, worker int    // system calls of each
 		do             func(i int) error
 	}{
@@ -185,6 +185,13 @@ func TestCounts(t *testing.T) {
 			return nil
 		}},
 		{"create and close", "CREATE FLUSH GETATTR LOOKUP RELEASE", 21, 10, func(i int) error { return unix.Close(open(name("new", i), unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY)) }},
+		{"create, write and close", "CREATE FLUSH GETATTR GETXATTR LOOKUP RELEASE WRITE", 28, 14, func(i int) error {
+			fd := open(name("new", i+2*n), unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY)
+			if _, err := unix.Write(fd, block[:100]); err != nil {
+				return err
+			}
+			return unix.Close(fd)
+		}},
 		{"chmod", "SETATTR", 5, 6, func(i int) error { return unix.Chmod(name("new", i), 0o600) }},
 		{"rename", "GETATTR LOOKUP RENAME", 13, 9, func(i int) error { return unix.Rename(name("new", i), name("new", i+n)) }},
 		{"link", "GETATTR LINK LOOKUP", 13, 8, func(i int) error { return unix.Link(name("new", i+n), name("new", i)) }},

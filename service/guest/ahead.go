@@ -6,23 +6,28 @@ import (
 	"encoding/binary"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"transfused.org/transfused/service/fuse"
 )
 
 const (
-	// aheadTime is how long attributes that were told ahead are an answer. The kernel asks right after the change.
+	// aheadTime is how long something is an answer that was told ahead, or is known of a new file. The kernel asks right after.
 	aheadTime = 10 * time.Millisecond
 	// maxLocked is how many files with locks are remembered. With one more each FLUSH goes to the host.
 	maxLocked = 1024
 )
 
 // shortcuts are the answers that the pump knows without the host. What they save is a round trip for each change in a
-// directory, and one for each close; what anything else means is the server's business.
+// directory, one for each close, and one for each new file that is written to; what anything else means is the server's business.
 //
 // The kernel drops a directory's attributes after each change in it, and asks for them again, to check permissions by.
 // The host tells them with the reply of the change (fuse.AheadOut). They are kept for one directory and a moment, and
 // only if they can't be old: no request was at the host when the change went there, and none about the directory, nor
 // another change, has gone since.
+//
+// Before a file is written to for the first time the kernel asks for its capabilities (security.capability), which a write
+// takes away. A file that was just made (CREATE with O_EXCL) and about which nothing was asked since has none.
 type shortcuts struct {
 	noFlush bool                // FLUSH does nothing at the host, but to drop locks
 	locked  map[uint64]struct{} // nodes that have been locked
@@ -30,6 +35,10 @@ type shortcuts struct {
 	atHost int           // requests whose reply has not come
 	change fuse.AheadOut // the last change, if it went alone: Unique and NodeID, else 0; and its directory's attributes
 	until  time.Time     // when they are no longer an answer; zero: they have not come
+
+	creating   uint64    // the last CREATE with O_EXCL, by its unique
+	created    uint64    // the node that the last one made, about which nothing was asked; 0: none
+	createdEnd time.Time // when it is no longer new
 
 	answer [fuse.OutHeaderSize + fuse.AttrOutSize]byte
 }
@@ -39,6 +48,13 @@ type shortcuts struct {
 func (s *shortcuts) request(h *fuse.InHeader, body []byte) []byte {
 	if h.Opcode.NoReply() {
 		return nil
+	}
+	if s.created != 0 && h.NodeID == s.created && h.Opcode != fuse.OpGetattr {
+		s.created = 0
+		if h.Opcode == fuse.OpGetxattr && len(body) > getxattrName && string(body[getxattrName:]) == "security.capability\x00" && time.Now().Before(s.createdEnd) {
+			fuse.Put(s.answer[:], &fuse.OutHeader{Len: uint32(fuse.OutHeaderSize), Error: -int32(unix.ENODATA), Unique: h.Unique})
+			return s.answer[:fuse.OutHeaderSize]
+		}
 	}
 	switch h.Opcode {
 	case fuse.OpGetattr:
@@ -63,6 +79,10 @@ func (s *shortcuts) request(h *fuse.InHeader, body []byte) []byte {
 	case fuse.OpMknod, fuse.OpMkdir, fuse.OpSymlink, fuse.OpLink, fuse.OpCreate, fuse.OpTmpfile,
 		fuse.OpUnlink, fuse.OpRmdir, fuse.OpRename, fuse.OpRename2:
 		s.forget()
+		s.creating = 0
+		if h.Opcode == fuse.OpCreate && len(body) >= 4 && binary.LittleEndian.Uint32(body)&unix.O_EXCL != 0 {
+			s.creating = h.Unique
+		}
 		if s.atHost == 0 { // with others the host may do it in any order
 			s.change.Unique, s.change.NodeID = h.Unique, h.NodeID
 		}
@@ -94,12 +114,19 @@ func (s *shortcuts) told(a *fuse.AheadOut) {
 	}
 }
 
-// replied counts a reply.
-func (s *shortcuts) replied(unique uint64) {
+// replied looks at a reply of the host.
+func (s *shortcuts) replied(msg []byte) {
+	unique := binary.LittleEndian.Uint64(msg[8:])
 	if unique&interruptBit == 0 {
 		s.atHost--
 	}
+	if unique == s.creating && binary.LittleEndian.Uint32(msg[4:]) == 0 && len(msg) >= fuse.OutHeaderSize+8 {
+		s.creating, s.created, s.createdEnd = 0, binary.LittleEndian.Uint64(msg[fuse.OutHeaderSize:]), time.Now().Add(aheadTime)
+	}
 }
+
+// getxattrName is where GETXATTR's name begins: behind fuse_getxattr_in.
+const getxattrName = 8
 
 // interruptBit is set in the unique of an INTERRUPT, which may have a reply or none (FUSE_INT_REQ_BIT, fs/fuse/fuse_dev_i.h).
 const interruptBit = 1

@@ -119,7 +119,7 @@ func (p *Pump) receivePiped() (copied bool, err error) {
 	}
 	head := p.in[:p.end]
 	p.end = 0
-	p.shortcuts.replied(binary.LittleEndian.Uint64(head[8:]))
+	p.shortcuts.replied(head)
 	return false, p.deliver(head, func() error {
 		_, err := b.in.Give(p.dev.fd, nil, size)
 		return err

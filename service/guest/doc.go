@@ -33,8 +33,8 @@
 // allocated, locked or started for a message. While the stream takes no more it goes on receiving replies, so that the two
 // ends never wait for each other. FORGETs, for which nobody waits, travel with the next request.
 //
-// Two requests are answered here, where a host of version 2 lets us: GETATTR of a directory whose attributes the host told
-// with the reply of a change in it, and FLUSH of a file without locks (shortcuts).
+// Three requests are answered here: where a host of version 2 lets us, GETATTR of a directory whose attributes the host told
+// with the reply of a change in it, and FLUSH of a file without locks; and the kernel's question for the capabilities of a new file (shortcuts).
 //
 // The figures behind that, Linux 6.18, Go 1.26, 2 virtual CPUs: 80 bytes there and back between two Go processes over a
 // socket pair, both on one CPU, take 7.6 µs through the poller and 3.4 µs with blocking descriptors, if there are more Ps than

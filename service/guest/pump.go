@@ -547,7 +547,7 @@ func (p *Pump) reply(msg []byte) error {
 			return err
 		}
 	}
-	p.shortcuts.replied(unique)
+	p.shortcuts.replied(msg)
 	return p.write(msg)
 }
 
