@@ -171,7 +171,7 @@ func TestCounts(t *testing.T) {
 			_, err := unix.Pread(direct, large, 0)
 			return err
 		}},
-		{"readdir", "LOOKUP READDIR READDIRPLUS", 15, 20, func(i int) error {
+		{"readdir", "LOOKUP READDIR READDIRPLUS", 12, 14, func(i int) error {
 			entries, err := os.ReadDir(filepath.Join(r.mnt, "full", fmt.Sprint("d", i)))
 			if err == nil && len(entries) != 1 {
 				err = fmt.Errorf("%d entries", len(entries))

@@ -14,13 +14,14 @@ const (
 	DirentSize    = int(unsafe.Sizeof(Dirent{}))
 	AttrOutSize   = int(unsafe.Sizeof(AttrOut{}))
 	AheadOutSize  = int(unsafe.Sizeof(AheadOut{}))
+	EndOutSize    = int(unsafe.Sizeof(EndOut{}))
 	EntryOutSize  = int(unsafe.Sizeof(EntryOut{}))
 )
 
 // Struct is the closed set of the kernel's structures: fixed size, no pointers, no hidden padding.
 type Struct interface {
 	InHeader | OutHeader | Attr | SxTime | Statx | Kstatfs | FileLock | EntryOut | ForgetIn | ForgetOne | BatchForgetIn |
-		GetattrIn | AttrOut | AheadOut | StatxIn | StatxOut | MknodIn | MkdirIn | RenameIn | Rename2In | LinkIn | SetattrIn |
+		GetattrIn | AttrOut | AheadOut | EndOut | StatxIn | StatxOut | MknodIn | MkdirIn | RenameIn | Rename2In | LinkIn | SetattrIn |
 		OpenIn | CreateIn | OpenOut | ReleaseIn | FlushIn | ReadIn | WriteIn | WriteOut | FsyncIn | SetxattrIn |
 		SetxattrInCompat | GetxattrIn | GetxattrOut | LkIn | LkOut | AccessIn | InitIn | InitInCompat | InitOut |
 		InterruptIn | IoctlIn | IoctlOut | PollIn | PollOut | FallocateIn | LseekIn | LseekOut | CopyFileRangeIn |

@@ -98,8 +98,17 @@ type AttrOut struct {
 	Attr          Attr
 }
 
-// AheadCode stands in OutHeader.Error, with Unique 0, before an AheadOut.
-const AheadCode = 0x7466
+// AheadCode and EndCode stand in OutHeader.Error, with Unique 0, before an AheadOut and an EndOut.
+const (
+	AheadCode = 0x7466
+	EndCode   = 0x7467
+)
+
+// EndOut is transfuse's own too: the host tells with the reply of a READDIR or READDIRPLUS that the directory ends with it. NodeID is that of
+// the request, Offset that of the reply's last entry: where the guest's kernel will ask whether there are more.
+type EndOut struct {
+	NodeID, Offset uint64
+}
 
 // AheadOut is not the kernel's but transfuse's own: the host tells the attributes of a directory with the reply of a
 // request that changed it, before the guest's kernel asks for them. Unique and NodeID are those of the request.

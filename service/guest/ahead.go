@@ -19,12 +19,16 @@ const (
 )
 
 // shortcuts are the answers that the pump knows without the host. What they save is a round trip for each change in a
-// directory, one for each close, and one for each new file that is written to; what anything else means is the server's business.
+// directory, one for each close, one for each directory that is read, and one for each new file that is written to; what anything else means
+// is the server's business.
 //
 // The kernel drops a directory's attributes after each change in it, and asks for them again, to check permissions by.
 // The host tells them with the reply of the change (fuse.AheadOut). They are kept for one directory and a moment, and
 // only if they can't be old: no request was at the host when the change went there, and none about the directory, nor
 // another change, has gone since.
+//
+// When the kernel has read a directory it asks whether there are more entries. The host tells with the last ones that there are none
+// (fuse.EndOut).
 //
 // Before a file is written to for the first time the kernel asks for its capabilities (security.capability), which a write
 // takes away. A file that was just made (CREATE with O_EXCL) and about which nothing was asked since has none.
@@ -35,6 +39,9 @@ type shortcuts struct {
 	atHost int           // requests whose reply has not come
 	change fuse.AheadOut // the last change, if it went alone: Unique and NodeID, else 0; and its directory's attributes
 	until  time.Time     // when they are no longer an answer; zero: they have not come
+
+	end      fuse.EndOut // the last directory whose end was told; NodeID 0: none
+	endUntil time.Time   // when that is no longer an answer
 
 	creating   uint64    // the last CREATE with O_EXCL, by its unique
 	created    uint64    // the node that the last one made, about which nothing was asked; 0: none
@@ -62,6 +69,17 @@ func (s *shortcuts) request(h *fuse.InHeader, body []byte) []byte {
 			fuse.Put(s.answer[:], &fuse.OutHeader{Len: uint32(len(s.answer)), Unique: h.Unique})
 			return s.answer[:]
 		}
+	case fuse.OpReaddir, fuse.OpReaddirplus:
+		if h.NodeID == s.end.NodeID && len(body) >= readOffset+8 && binary.LittleEndian.Uint64(body[readOffset:]) == s.end.Offset {
+			s.end.NodeID = 0
+			if time.Now().Before(s.endUntil) {
+				fuse.Put(s.answer[:], &fuse.OutHeader{Len: uint32(fuse.OutHeaderSize), Unique: h.Unique})
+				return s.answer[:fuse.OutHeaderSize]
+			}
+		}
+		if h.NodeID == s.change.NodeID {
+			s.forget() // its atime may change
+		}
 	case fuse.OpFlush:
 		// Of a file that was not opened (handle 0) the host says that it never needs one.
 		opened := len(body) >= 8 && binary.LittleEndian.Uint64(body) != 0
@@ -79,7 +97,7 @@ func (s *shortcuts) request(h *fuse.InHeader, body []byte) []byte {
 	case fuse.OpMknod, fuse.OpMkdir, fuse.OpSymlink, fuse.OpLink, fuse.OpCreate, fuse.OpTmpfile,
 		fuse.OpUnlink, fuse.OpRmdir, fuse.OpRename, fuse.OpRename2:
 		s.forget()
-		s.creating = 0
+		s.creating, s.end.NodeID = 0, 0
 		if h.Opcode == fuse.OpCreate && len(body) >= 4 && binary.LittleEndian.Uint32(body)&unix.O_EXCL != 0 {
 			s.creating = h.Unique
 		}
@@ -107,11 +125,26 @@ func (s *shortcuts) attributes() bool {
 	return known
 }
 
-// told takes what the host tells ahead.
-func (s *shortcuts) told(a *fuse.AheadOut) {
-	if a.Unique == s.change.Unique && a.NodeID == s.change.NodeID {
-		s.change.Attr, s.until = a.Attr, time.Now().Add(aheadTime)
+// told takes what the host tells ahead. False: this is something else.
+func (s *shortcuts) told(msg []byte) bool {
+	var (
+		a fuse.AheadOut
+		e fuse.EndOut
+	)
+	body := msg[fuse.OutHeaderSize:]
+	switch code := binary.LittleEndian.Uint32(msg[4:]); {
+	case code == fuse.AheadCode && len(body) == fuse.AheadOutSize:
+		fuse.Decode(&a, body)
+		if a.Unique == s.change.Unique && a.NodeID == s.change.NodeID {
+			s.change.Attr, s.until = a.Attr, time.Now().Add(aheadTime)
+		}
+	case code == fuse.EndCode && len(body) == fuse.EndOutSize:
+		fuse.Decode(&e, body)
+		s.end, s.endUntil = e, time.Now().Add(aheadTime)
+	default:
+		return false
 	}
+	return true
 }
 
 // replied looks at a reply of the host.
@@ -125,8 +158,10 @@ func (s *shortcuts) replied(msg []byte) {
 	}
 }
 
-// getxattrName is where GETXATTR's name begins: behind fuse_getxattr_in.
-const getxattrName = 8
+const (
+	getxattrName = 8 // where GETXATTR's name begins: behind fuse_getxattr_in
+	readOffset   = 8 // the offset in fuse_read_in
+)
 
 // interruptBit is set in the unique of an INTERRUPT, which may have a reply or none (FUSE_INT_REQ_BIT, fs/fuse/fuse_dev_i.h).
 const interruptBit = 1

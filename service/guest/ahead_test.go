@@ -43,6 +43,13 @@ func (d *dialogue) ask(op fuse.Opcode, node uint64, body ...byte) (unique uint64
 	return d.unique, answer != nil
 }
 
+// ahead tells attributes ahead.
+func (d *dialogue) ahead(a fuse.AheadOut) {
+	if !d.told(fuse.Append(fuse.Append(nil, &fuse.OutHeader{Error: fuse.AheadCode}), &a)) {
+		panic("not taken for what it is")
+	}
+}
+
 // done is a request with its reply.
 func (d *dialogue) done(op fuse.Opcode, node uint64, body ...byte) {
 	if u, ok := d.ask(op, node, body...); !ok {
@@ -53,7 +60,7 @@ func (d *dialogue) done(op fuse.Opcode, node uint64, body ...byte) {
 // change is a change with what is told ahead of its reply.
 func (d *dialogue) change(op fuse.Opcode, node uint64) {
 	u, _ := d.ask(op, node)
-	d.told(&fuse.AheadOut{Unique: u, NodeID: node})
+	d.ahead(fuse.AheadOut{Unique: u, NodeID: node})
 	d.replied(message(u, 0, nil))
 }
 
@@ -80,15 +87,15 @@ func TestAttributesAhead(t *testing.T) {
 		{"no change told", func(d *dialogue) { d.done(fuse.OpUnlink, dir) }, false},
 		{"told of another request", func(d *dialogue) {
 			u, _ := d.ask(fuse.OpUnlink, dir)
-			d.told(&fuse.AheadOut{Unique: u + 2, NodeID: dir})
+			d.ahead(fuse.AheadOut{Unique: u + 2, NodeID: dir})
 			d.replied(message(u, 0, nil))
 		}, false},
 		{"told of another node", func(d *dialogue) {
 			u, _ := d.ask(fuse.OpUnlink, other)
-			d.told(&fuse.AheadOut{Unique: u, NodeID: dir})
+			d.ahead(fuse.AheadOut{Unique: u, NodeID: dir})
 			d.replied(message(u, 0, nil))
 		}, false},
-		{"told unasked", func(d *dialogue) { d.told(&fuse.AheadOut{NodeID: dir}) }, false},
+		{"told unasked", func(d *dialogue) { d.ahead(fuse.AheadOut{NodeID: dir}) }, false},
 		{"told, and then what does not change it", func(d *dialogue) {
 			d.change(fuse.OpCreate, dir)
 			d.done(fuse.OpLookup, dir)
@@ -114,22 +121,22 @@ func TestAttributesAhead(t *testing.T) {
 		{"two, the first told first", func(d *dialogue) {
 			a, _ := d.ask(fuse.OpUnlink, dir)
 			b, _ := d.ask(fuse.OpMkdir, dir)
-			d.told(&fuse.AheadOut{Unique: a, NodeID: dir})
+			d.ahead(fuse.AheadOut{Unique: a, NodeID: dir})
 			d.replied(message(a, 0, nil))
-			d.told(&fuse.AheadOut{Unique: b, NodeID: dir})
+			d.ahead(fuse.AheadOut{Unique: b, NodeID: dir})
 			d.replied(message(b, 0, nil))
 		}, false},
 		{"two, the second told first", func(d *dialogue) {
 			a, _ := d.ask(fuse.OpUnlink, dir)
 			b, _ := d.ask(fuse.OpMkdir, dir)
-			d.told(&fuse.AheadOut{Unique: b, NodeID: dir})
+			d.ahead(fuse.AheadOut{Unique: b, NodeID: dir})
 			d.replied(message(b, 0, nil))
-			d.told(&fuse.AheadOut{Unique: a, NodeID: dir})
+			d.ahead(fuse.AheadOut{Unique: a, NodeID: dir})
 			d.replied(message(a, 0, nil))
 		}, false},
 		{"two, the second asked between telling and asking", func(d *dialogue) {
 			a, _ := d.ask(fuse.OpUnlink, dir)
-			d.told(&fuse.AheadOut{Unique: a, NodeID: dir})
+			d.ahead(fuse.AheadOut{Unique: a, NodeID: dir})
 			d.ask(fuse.OpMkdir, dir)
 			d.replied(message(a, 0, nil))
 		}, false},
@@ -179,6 +186,60 @@ func TestFlushWithoutTheHost(t *testing.T) {
 	}
 	if flushed(d, 7) || len(d.locked) > maxLocked {
 		t.Errorf("with %d locked files each FLUSH must go to the host", len(d.locked))
+	}
+}
+
+// The end of a directory is told with its last entries, and is the answer to the next question alone.
+func TestEndOfDirectory(t *testing.T) {
+	const dir, other, end = 5, 6, 1 << 40
+	readdir := func(d *dialogue, op fuse.Opcode, node, off uint64) bool {
+		u, ok := d.ask(op, node, fuse.Append(nil, &fuse.ReadIn{Offset: off, Size: 4096})...)
+		if !ok {
+			d.replied(message(u, 0, nil))
+		}
+		return ok
+	}
+	read := func(d *dialogue, node uint64) {
+		readdir(d, fuse.OpReaddirplus, node, 0)
+		if !d.told(fuse.Append(fuse.Append(nil, &fuse.OutHeader{Error: fuse.EndCode}), &fuse.EndOut{NodeID: node, Offset: end})) {
+			panic("not taken for what it is")
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		do   func(d *dialogue)
+		op   fuse.Opcode
+		off  uint64
+		want bool // answered here
+	}{
+		{"told", func(d *dialogue) { read(d, dir) }, fuse.OpReaddir, end, true},
+		{"told, with attributes", func(d *dialogue) { read(d, dir) }, fuse.OpReaddirplus, end, true},
+		{"told, and others asked", func(d *dialogue) { read(d, dir); d.done(fuse.OpLookup, dir); d.done(fuse.OpWrite, other) }, fuse.OpReaddir, end, true},
+		{"not told", func(d *dialogue) { readdir(d, fuse.OpReaddirplus, dir, 0) }, fuse.OpReaddir, end, false},
+		{"the beginning", func(d *dialogue) { read(d, dir) }, fuse.OpReaddir, 0, false},
+		{"somewhere else", func(d *dialogue) { read(d, dir) }, fuse.OpReaddir, end - 1, false},
+		{"of another", func(d *dialogue) { read(d, other) }, fuse.OpReaddir, end, false},
+		{"asked already", func(d *dialogue) { read(d, dir); readdir(d, fuse.OpReaddir, dir, end) }, fuse.OpReaddir, end, false},
+		{"too late", func(d *dialogue) { read(d, dir); d.endUntil = time.Now() }, fuse.OpReaddir, end, false},
+		{"a name was made", func(d *dialogue) { read(d, dir); d.done(fuse.OpMkdir, dir) }, fuse.OpReaddir, end, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := newDialogue(false)
+			tt.do(d)
+			if ok := readdir(d, tt.op, dir, tt.off); ok != tt.want {
+				t.Errorf("answered here: %v, want %v", ok, tt.want)
+			}
+		})
+	}
+	for _, msg := range [][]byte{
+		fuse.Append(nil, &fuse.OutHeader{Error: fuse.EndCode}),
+		append(fuse.Append(fuse.Append(nil, &fuse.OutHeader{Error: fuse.EndCode}), &fuse.EndOut{}), 0),
+		fuse.Append(fuse.Append(nil, &fuse.OutHeader{Error: fuse.AheadCode}), &fuse.EndOut{}),
+		fuse.Append(fuse.Append(nil, &fuse.OutHeader{Error: fuse.EndCode + 1}), &fuse.EndOut{}),
+	} {
+		if newDialogue(false).told(msg) {
+			t.Errorf("% x was taken for something else", msg)
+		}
 	}
 }
 

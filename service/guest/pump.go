@@ -534,9 +534,7 @@ func (p *Pump) receive() error {
 func (p *Pump) reply(msg []byte) error {
 	unique := binary.LittleEndian.Uint64(msg[8:])
 	if unique == 0 {
-		var a fuse.AheadOut
-		if rest, ok := fuse.Decode(&a, msg[fuse.OutHeaderSize:]); p.ahead && ok && len(rest) == 0 && binary.LittleEndian.Uint32(msg[4:]) == fuse.AheadCode {
-			p.shortcuts.told(&a)
+		if p.ahead && p.shortcuts.told(msg) {
 			return nil
 		}
 		// A notification waits for locks that are held by who waits for a reply: it has its own channel.

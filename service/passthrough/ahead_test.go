@@ -55,6 +55,69 @@ func TestTellAhead(t *testing.T) {
 	told(fuse.OpUnlink, []byte("e\x00"), unix.ENOENT)
 }
 
+// The end of a directory is told before the reply with its last entries, and before no other.
+func TestTellEnd(t *testing.T) {
+	g := newGuest(t, func(c *Config) { c.Ahead = true })
+	const files = 20
+	for i := range files {
+		g.write0(fmt.Sprint("file", i), "", 0o644)
+	}
+	o, _ := out[fuse.OpenOut](g, g.call(fuse.OpOpendir, 1, body(fuse.OpenIn{})))
+	for _, op := range []fuse.Opcode{fuse.OpReaddir, fuse.OpReaddirplus} {
+		entries, off, ended := 0, uint64(0), false
+		for round := 0; ; round++ {
+			unique := g.send(op, 1, body(fuse.ReadIn{Fh: o.Fh, Offset: off, Size: 4096}))
+			var h fuse.OutHeader
+			head := make([]byte, fuse.OutHeaderSize)
+			must(t, read(g, head))
+			fuse.Decode(&h, head)
+			var end fuse.EndOut
+			told := h.Unique == 0
+			if told {
+				b := make([]byte, fuse.EndOutSize)
+				must(t, read(g, b))
+				if fuse.Decode(&end, b); h.Error != fuse.EndCode || int(h.Len) != len(head)+len(b) || end.NodeID != 1 {
+					t.Fatalf("%v: told %+v %+v", op, h, end)
+				}
+				must(t, read(g, head))
+				fuse.Decode(&h, head)
+			}
+			if h.Unique != unique || h.Error != 0 {
+				t.Fatalf("%v: reply %+v", op, h)
+			}
+			b := make([]byte, int(h.Len)-len(head))
+			must(t, read(g, b))
+			if len(b) == 0 {
+				if told || !ended || round < 2 && op == fuse.OpReaddirplus {
+					t.Errorf("%v: round %d: nothing more; told with it: %v, before it: %v", op, round, told, ended)
+				}
+				break
+			}
+			if ended {
+				t.Fatalf("%v: entries after the end was told", op)
+			}
+			for len(b) > 0 {
+				if op == fuse.OpReaddirplus {
+					b = b[fuse.EntryOutSize:]
+				}
+				d, _, rest, ok := fuse.NextDirent(b)
+				if !ok {
+					t.Fatalf("%v: no entry in % x", op, b)
+				}
+				off, b = d.Off, rest
+				entries++
+			}
+			if ended = told; told && end.Offset != off {
+				t.Errorf("%v: the end is told at %d, the last entry has %d", op, end.Offset, off)
+			}
+		}
+		if entries < files {
+			t.Errorf("%v: %d entries", op, entries)
+		}
+	}
+	g.want(0, g.call(fuse.OpReleasedir, 1, body(fuse.ReleaseIn{Fh: o.Fh})))
+}
+
 func read(g *guest, b []byte) error {
 	for n := 0; n < len(b); {
 		m, err := g.c.Read(b[n:])

@@ -67,6 +67,14 @@ func (r *request) tellAhead() []byte {
 	return b
 }
 
+// tellEnd makes the message that goes before a reply with the last entries of a directory.
+func (r *request) tellEnd() []byte {
+	b := r.ahead[:fuse.OutHeaderSize+fuse.EndOutSize]
+	fuse.Put(b, &fuse.OutHeader{Len: uint32(len(b)), Error: fuse.EndCode})
+	fuse.Put(b[fuse.OutHeaderSize:], &fuse.EndOut{NodeID: r.hdr.NodeID, Offset: r.endAt})
+	return b
+}
+
 func opGetattr(r *request) fuse.Errno {
 	var in fuse.GetattrIn
 	if !decode(r, &in) {

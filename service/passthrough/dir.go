@@ -106,6 +106,7 @@ func (r *request) readdir(plus bool) fuse.Errno {
 				r.fs.unshare(r.hdr.NodeID)
 				r.fs.unlock()
 			}
+			r.end = n == 0 && len(r.out) > start
 			return 0
 		}
 		for b := host[:n]; len(b) > 0; {
@@ -157,4 +158,5 @@ func (r *request) dirent(parent *node, dir int, rec []byte, plus bool) {
 		r.out = fuse.Append(r.out, &out)
 	}
 	r.out = fuse.AppendDirent(r.out, ino, off, typ, name[:len(name)-1])
+	r.endAt = off
 }

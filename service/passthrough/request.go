@@ -40,6 +40,8 @@ type request struct {
 	outBuf   *buffer // out, where it does not fit outSmall
 	inSmall  [4096]byte
 	outSmall [1024]byte
+	end      bool   // READDIR has reached the end of the directory
+	endAt    uint64 // the offset of its last entry in the reply
 	ahead    [fuse.OutHeaderSize + fuse.AheadOutSize]byte
 }
 

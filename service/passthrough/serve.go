@@ -251,7 +251,7 @@ func (s *stream) more() bool {
 
 // answer serves the request and replies. With keep a small reply may wait for the next one.
 func (s *stream) answer(r *request, op *op, keep bool) {
-	r.out = r.outSmall[:fuse.OutHeaderSize]
+	r.out, r.end = r.outSmall[:fuse.OutHeaderSize], false
 	r.seq, r.watches = s.fs.caching.seq.Load(), s.fs.dirs.count.Load()
 	e := s.run(r, op)
 	s.fs.requests.Add(1)
@@ -267,8 +267,12 @@ func (s *stream) answer(r *request, op *op, keep bool) {
 		r.out = r.out[:fuse.OutHeaderSize]
 	}
 	var first []byte
-	if e == 0 && op.names && s.fs.c.Ahead {
+	switch {
+	case e != 0 || !s.fs.c.Ahead:
+	case op.names:
 		first = r.tellAhead()
+	case r.end:
+		first = r.tellEnd()
 	}
 	if e == 0 && r.piped > 0 {
 		s.replyPiped(r)
