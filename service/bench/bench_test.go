@@ -122,8 +122,15 @@ func TestFloors(t *testing.T) {
 	}
 	r.Floors = want
 	var b bytes.Buffer
-	r.print(&b)
+	r.print(&b, table)
 	for _, s := range []string{"PASS  getattr", "MISS  create", "/sshfs", "590 MB/s", "-"} {
+		if !strings.Contains(b.String(), s) {
+			t.Errorf("no %q in\n%s", s, &b)
+		}
+	}
+	b.Reset()
+	r.print(&b, markdown)
+	for _, s := range []string{"\n| case | what | bare |", "\n| --- | --- | --- |", "\n| getattr |", "\n| MISS | create: faster than sshfs | 1.12 times its cost |\n"} {
 		if !strings.Contains(b.String(), s) {
 			t.Errorf("no %q in\n%s", s, &b)
 		}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	_ "embed"
 	"encoding/json"
@@ -60,6 +61,7 @@ func run(ctx context.Context) error {
 	cases := flag.String("cases", "", "comma-separated `cases`; default: all of "+strings.Join(caseNames(), ","))
 	peers := flag.String("peers", strings.Join(peerNames, ","), "comma-separated `peers` to measure")
 	jsonFile := flag.String("json", "", "write the figures to this `file`, too")
+	markdownFile := flag.String("md", "", "write the tables to this `file`, too")
 	check := flag.Bool("check", false, "exit with 1 when a floor is missed")
 	flag.Parse()
 
@@ -122,7 +124,14 @@ func run(ctx context.Context) error {
 		r.Modes = append(r.Modes, *res)
 	}
 	r.Floors = floors(r)
-	r.print(os.Stdout)
+	r.print(os.Stdout, table)
+	if *markdownFile != "" {
+		var b bytes.Buffer
+		r.print(&b, markdown)
+		if err := os.WriteFile(*markdownFile, b.Bytes(), 0o644); err != nil {
+			return err
+		}
+	}
 	if *jsonFile != "" {
 		b, err := json.MarshalIndent(r, "", "\t")
 		if err != nil {

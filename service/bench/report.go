@@ -86,10 +86,11 @@ func (r row) figure(p string) string {
 	return fmt.Sprintf("%.0f MB/s", m)
 }
 
-func (r report) print(w io.Writer) {
+// print writes the report for people, in columns or, with a table function of its own, as Markdown.
+func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 	fmt.Fprintf(w, "%s\n", r.Host)
 	for _, m := range r.Modes {
-		fmt.Fprintf(w, "\n%s: medians; in the last columns how many times our cost is theirs (below 1: ours is faster)\n", strings.ToUpper(m.Mode[:1])+m.Mode[1:])
+		fmt.Fprintf(w, "\n%s: medians; in the last columns how many times our cost is theirs (below 1: ours is faster)\n\n", strings.ToUpper(m.Mode[:1])+m.Mode[1:])
 		header := []string{"case", "what"}
 		header = append(header, r.Peers...)
 		var others []string
@@ -124,19 +125,21 @@ func (r report) print(w io.Writer) {
 				}
 				lines = append(lines, []string{l.Process, fmt.Sprint(l.PID), idle, mebibytes(l.RSS), mebibytes(l.Peak)})
 			}
-			fmt.Fprintln(w, "\nresident memory with one mount")
+			fmt.Fprint(w, "\nresident memory with one mount\n\n")
 			table(w, lines)
 		}
 	}
 	if len(r.Floors) > 0 {
-		fmt.Fprintln(w, "\nfloors, on one CPU")
-	}
-	for _, f := range r.Floors {
-		word := "PASS"
-		if !f.Pass {
-			word = "MISS"
+		lines := [][]string{{"", "floor, on one CPU", "measured"}}
+		for _, f := range r.Floors {
+			word := "PASS"
+			if !f.Pass {
+				word = "MISS"
+			}
+			lines = append(lines, []string{word, f.Text, f.Got})
 		}
-		fmt.Fprintf(w, "%s  %s: %s\n", word, f.Text, f.Got)
+		fmt.Fprintln(w)
+		table(w, lines)
 	}
 }
 
@@ -164,6 +167,16 @@ func table(w io.Writer, lines [][]string) {
 			fmt.Fprint(w, s)
 		}
 		fmt.Fprintln(w)
+	}
+}
+
+// markdown prints lines as a table of Markdown.
+func markdown(w io.Writer, lines [][]string) {
+	for i, l := range lines {
+		fmt.Fprintf(w, "| %s |\n", strings.Join(l, " | "))
+		if i == 0 {
+			fmt.Fprintf(w, "|%s\n", strings.Repeat(" --- |", len(l)))
+		}
 	}
 }
 
