@@ -237,6 +237,6 @@ func testModes(t *testing.T, l *lab, s side) {
 		}
 	})
 	guest.stop(t)
-	l.noMounts(t)
+	l.noMounts(t, "/")
 	host.stop(t)
 }
