@@ -239,8 +239,7 @@ type side struct {
 	name   string
 	server string // address that the guest dials
 	listen string // the same as the host names it
-	port   int    // where the guest listens, and the one after it: both sides are tested at once
-	back   string // address at which the host reaches that port
+	back   string // address at which the host reaches the guest's port 1525
 	guests string // the guest, in an export's guests=
 	token  string // file with the token
 	start  func(t *testing.T, args ...string) daemon
@@ -248,19 +247,12 @@ type side struct {
 	dir    func(t *testing.T) string // a new folder to export
 }
 
-// socket is an address for the guest to listen at: the i-th.
-func (s side) socket(i int) string { return fmt.Sprintf("vsock:any:%d", s.port+i) }
-
-// mnt is a mount point in the guest.
-func (s side) mnt(name string) string { return "/mnt/" + s.name + "/" + name }
-
 // sides are this machine, over virtio-vsock, and the guest itself, over vsock loopback.
 func (l *lab) sides() []side {
 	return []side{{
 		name:   "virtio",
 		server: "vsock:host:1524",
 		listen: "hybrid:" + l.vm.Socket() + ":1524",
-		port:   1525,
 		back:   "hybrid:" + l.vm.Socket() + ":1525",
 		guests: l.vm.Socket(),
 		token:  filepath.Join(l.vm.Dir(), "token"),
@@ -271,8 +263,7 @@ func (l *lab) sides() []side {
 		name:   "loopback",
 		server: "vsock:local:1524",
 		listen: "vsock:any:1524",
-		port:   1535,
-		back:   "vsock:local:1535",
+		back:   "vsock:local:1525",
 		guests: "1",
 		token:  "/root/token",
 		start:  func(t *testing.T, args ...string) daemon { t.Helper(); return l.startInGuest(t, "", args...) },

@@ -262,7 +262,7 @@ func testOldHost(t *testing.T, l *lab) {
 		}
 	})
 	guest.stop(t)
-	l.noMounts(t, "/")
+	l.noMounts(t)
 }
 
 // testOldProtocol has the two programs speak version 1 to each other: what stands between them
@@ -298,7 +298,7 @@ func testOldProtocol(t *testing.T, l *lab) {
 	host.stop(t)
 	l.guest(t, "await unmounted /mnt/asked1")
 	guest.stop(t)
-	l.noMounts(t, "/")
+	l.noMounts(t)
 }
 
 // relayOld passes a connection on to a Unix socket, unless it begins with a long Init.
