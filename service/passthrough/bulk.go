@@ -24,29 +24,37 @@ type bulk struct {
 	writes bool // for who has the turn: the last request was a large WRITE
 }
 
-// maxPipes is how many pipes a stream has: for so many requests at once.
-const maxPipes = 2
+// maxPipes is how many pipes a stream has, for so many requests at once, and sessionPipes how many all streams of a session: a user's pipes may have
+// 64 MiB (/proc/sys/fs/pipe-user-pages-soft). They are closed when the stream is quiet.
+const (
+	maxPipes     = 2
+	sessionPipes = 8
+)
 
 // writeHead is what a WRITE has before its data: fuse_in_header and fuse_write_in.
 const writeHead = fuse.InHeaderSize + 40
 
-func (b *bulk) begin(c io.Closer) {
+func (s *stream) beginBulk() {
+	b := &s.bulk
 	b.sock, b.pipes = -1, make(chan *splice.Pipe, maxPipes)
-	s, ok := c.(syscall.Conn)
+	c, ok := s.c.(syscall.Conn)
 	if !ok {
 		return
 	}
-	raw, err := s.SyscallConn()
+	raw, err := c.SyscallConn()
 	if err != nil {
 		return
 	}
 	_ = raw.Control(func(fd uintptr) {
-		if !splice.Saves(int(fd)) {
+		if !splice.Saves(int(fd)) || s.fs.takeFD() != 0 {
 			return
 		}
-		if d, err := unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err == nil {
-			b.sock = d
+		d, err := unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			s.fs.giveFD()
+			return
 		}
+		b.sock = d
 	})
 }
 
@@ -56,13 +64,28 @@ func (s *stream) endBulk() {
 		return
 	}
 	unix.Close(s.bulk.sock)
-	for s.bulk.made.Load() > 0 {
-		s.closePipe(<-s.bulk.pipes)
+	s.fs.giveFD()
+	s.closeFreePipes()
+}
+
+// closeFreePipes closes the pipes that no request uses.
+func (s *stream) closeFreePipes() {
+	for {
+		select {
+		case p := <-s.bulk.pipes:
+			s.closePipe(p)
+		default:
+			return
+		}
 	}
 }
 
 func (s *stream) makePipe() *splice.Pipe {
 	if !take(&s.bulk.made, maxPipes) {
+		return nil
+	}
+	if !take(&s.fs.limits.pipes, sessionPipes) {
+		s.bulk.made.Add(-1)
 		return nil
 	}
 	if s.fs.takeFD() == 0 {
@@ -74,6 +97,7 @@ func (s *stream) makePipe() *splice.Pipe {
 		}
 		s.fs.giveFD()
 	}
+	s.fs.limits.pipes.Add(-1)
 	s.bulk.made.Add(-1)
 	return nil
 }
@@ -82,6 +106,7 @@ func (s *stream) closePipe(p *splice.Pipe) {
 	p.Close()
 	s.fs.giveFD()
 	s.fs.giveFD()
+	s.fs.limits.pipes.Add(-1)
 	s.bulk.made.Add(-1)
 }
 
@@ -107,7 +132,7 @@ func (r *request) givePipe() {
 	default:
 		r.s.bulk.pipes <- r.pipe
 	}
-	r.pipe, r.piped = nil, 0
+	r.pipe, r.piped, r.sends = nil, 0, false
 }
 
 // goesPiped tells whether the data of the request whose header was read, n bytes behind it, go through a pipe: it is a large WRITE, and
@@ -162,10 +187,14 @@ func (r *request) unpipe(n int) fuse.Errno {
 	return 0
 }
 
-// writePiped writes the data in the request's pipe to a file, all of it or as much as can be. EINVAL: the file takes none that way.
+// writePiped writes the data in the request's pipe to a file, all of it or as much as can be, of which the rest stays in the pipe. EINVAL: the
+// file takes none that way.
 func (r *request) writePiped(fd int, off int64) (n int, e fuse.Errno) {
 	for r.piped > 0 {
 		m, err := r.pipe.Give(fd, &off, r.piped)
+		if m == 0 && err == nil {
+			err = unix.EIO
+		}
 		if err != nil {
 			if n > 0 {
 				return n, 0
@@ -178,11 +207,13 @@ func (r *request) writePiped(fd int, off int64) (n int, e fuse.Errno) {
 	return n, 0
 }
 
-// readIntoPipe reads up to n bytes of a file into a pipe, for the reply. False: they are to be read otherwise.
+// readIntoPipe reads up to n bytes of a file into a pipe, for the reply. False: they are to be read otherwise. A page that goes to a socket is
+// looked at again there, and one that is not good any more breaks the stream: network file systems and FUSE take a page back whose writing failed.
 func (r *request) readIntoPipe(fd int, off int64, n int) bool {
-	if n < splice.MinData || n > splice.MaxData || !r.takePipe() {
+	if n < splice.MinData || n > splice.MaxData || r.s.bulk.sock < 0 || !local(fd) || !r.takePipe() {
 		return false
 	}
+	r.sends = true
 	for r.piped < n {
 		m, err := r.pipe.Take(fd, &off, n-r.piped)
 		if err != nil {
@@ -202,8 +233,11 @@ func (r *request) readIntoPipe(fd int, off int64, n int) bool {
 func (r *request) sendPiped() error {
 	for r.piped > 0 {
 		n, err := r.pipe.Give(r.s.bulk.sock, nil, r.piped)
-		if err == unix.EAGAIN {
+		switch {
+		case err == unix.EAGAIN:
 			err = waitFor(r.s.bulk.sock, unix.POLLOUT)
+		case err == nil && n == 0:
+			err = unix.ENODATA // a page that was taken from its file and is not good any more
 		}
 		if err != nil {
 			return err

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -22,8 +23,14 @@ func noise(n int, seed byte) []byte {
 	return b
 }
 
-// pipes is how many pipes the guest's session has, as its descriptors tell.
-func (g *guest) pipes(before int64) int { return int(g.fs.limits.descriptors.Load()-before) / 2 }
+// newGuestOf is a guest of a directory that is there already.
+func newGuestOf(t *testing.T, dir string) *guest {
+	t.Helper()
+	fs := newFS(t, dir, Config{})
+	g := &guest{t: t, fs: fs, dir: dir, c: serve(t, fs), early: map[uint64]answer{}}
+	g.init()
+	return g
+}
 
 func writeBody(fh uint64, off int64, flags uint32, data []byte) []byte {
 	return body(fuse.WriteIn{Fh: fh, Offset: uint64(off), Size: uint32(len(data)), Flags: flags}, data)
@@ -40,22 +47,12 @@ func (g *guest) wrote(want int, a answer) {
 func TestLargeWrites(t *testing.T) {
 	g := newGuest(t, nil)
 	e, fh := g.create(1, "f", 0o644)
-	before := g.fs.limits.descriptors.Load()
 	var want []byte
 	for i, n := range []int{splice.MaxData, splice.MaxData, 100, splice.MinData, splice.MinData, maxTransfer, maxTransfer, splice.MinData + 1, 200_001, 300_000} {
 		data := noise(n, byte(i))
 		g.wrote(n, g.call(fuse.OpWrite, e.NodeID, writeBody(fh, int64(len(want)), 0, data)))
 		want = append(want, data...)
-		switch i {
-		case 0:
-			if n := g.pipes(before); n != 0 {
-				t.Errorf("%d pipes after the first WRITE", n)
-			}
-		case 1, 7:
-			if n := g.pipes(before); n != 1 {
-				t.Errorf("%d pipes after WRITE %d", n, i)
-			}
-		case 4, 5:
+		if i == 4 || i == 5 {
 			g.serving() // something else between two
 		}
 	}
@@ -176,12 +173,11 @@ func TestLargeWriteCut(t *testing.T) {
 
 // Large READs go through a pipe, with as much as there is.
 func TestLargeReads(t *testing.T) {
-	g := newGuest(t, nil)
+	g := newGuestOf(t, tmpfs(t))
 	data := noise(3*splice.MaxData+1000, 1)
 	must(t, os.WriteFile(g.host("f"), data, 0o644))
 	n := g.lookup(1, "f").NodeID
 	fh := g.open(n, unix.O_RDONLY)
-	before := g.fs.limits.descriptors.Load()
 	for i, r := range []struct{ off, size int }{
 		{0, splice.MaxData}, {splice.MaxData, splice.MaxData}, {1, splice.MaxData}, {4095, splice.MinData}, {0, maxTransfer}, {3, maxTransfer},
 		{len(data) - 10, splice.MinData}, {len(data) - splice.MinData, splice.MaxData}, {len(data), splice.MaxData}, {len(data) + 1<<40, splice.MaxData},
@@ -191,9 +187,6 @@ func TestLargeReads(t *testing.T) {
 		if !bytes.Equal(a.body, want) {
 			t.Errorf("read %d: %d bytes at %d gave %d, not what is there", i, r.size, r.off, len(a.body))
 		}
-	}
-	if n := g.pipes(before); n != 1 {
-		t.Errorf("%d pipes", n)
 	}
 	// More at once than there are pipes, with small ones between them.
 	var sent []uint64
@@ -236,10 +229,7 @@ func TestLargeWriteToWhatTakesNone(t *testing.T) {
 	score := filepath.Join(fmt.Sprintf("/proc/%d", os.Getpid()), "oom_score_adj")
 	now, err := os.ReadFile(score)
 	must(t, err)
-	fs := newFS(t, filepath.Dir(score), Config{})
-	c := serve(t, fs)
-	g := &guest{t: t, fs: fs, c: c, early: map[uint64]answer{}}
-	g.init()
+	g := newGuestOf(t, filepath.Dir(score))
 	n := g.lookup(1, "oom_score_adj").NodeID
 	fh := g.open(n, unix.O_WRONLY)
 	data := append(bytes.TrimSpace(now), bytes.Repeat([]byte(" "), splice.MinData)...)
@@ -252,4 +242,50 @@ func TestLargeWriteToWhatTakesNone(t *testing.T) {
 		t.Errorf("copied: %+v, through the pipe: %+v", first, second)
 	}
 	g.release(n, fh)
+}
+
+// A stream has a pipe while large data pass, and none when it is quiet.
+func TestPipesOfAQuietStream(t *testing.T) {
+	g := newGuestOf(t, tmpfs(t)) // whose reads go through a pipe too
+	e, fh := g.create(1, "f", 0o644)
+	data := noise(splice.MaxData, 1)
+	for _, do := range []func(){
+		func() { g.wrote(len(data), g.call(fuse.OpWrite, e.NodeID, writeBody(fh, 0, 0, data))) },
+		func() { g.want(0, g.call(fuse.OpRead, e.NodeID, body(fuse.ReadIn{Fh: fh, Size: splice.MaxData}))) },
+	} {
+		until := time.Now().Add(20 * time.Second)
+		for g.fs.limits.pipes.Load() != 1 {
+			if do(); time.Now().After(until) {
+				t.Fatalf("%d pipes", g.fs.limits.pipes.Load())
+			}
+		}
+		for g.fs.limits.pipes.Load() != 0 {
+			if time.Sleep(time.Millisecond); time.Now().After(until) {
+				t.Fatalf("%d pipes of a quiet stream", g.fs.limits.pipes.Load())
+			}
+		}
+	}
+	g.release(e.NodeID, fh)
+}
+
+// A file system that is full takes a part of a WRITE: the guest is told how much, and the rest is nobody's.
+func TestLargeWriteWithoutSpace(t *testing.T) {
+	dir := t.TempDir()
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=704k"))
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	g := newGuestOf(t, dir)
+	e, fh := g.create(1, "f", 0o644)
+	data := noise(splice.MaxData, 1)
+	g.wrote(len(data), g.call(fuse.OpWrite, e.NodeID, writeBody(fh, 0, 0, data)))
+	o, _ := out[fuse.WriteOut](g, g.call(fuse.OpWrite, e.NodeID, writeBody(fh, int64(len(data)), 0, data)))
+	if o.Size == 0 || int(o.Size) >= len(data) {
+		t.Errorf("%d bytes of %d were written, want some", o.Size, len(data))
+	}
+	g.want(unix.ENOSPC, g.call(fuse.OpWrite, e.NodeID, writeBody(fh, int64(len(data))+int64(o.Size), 0, data)))
+	g.serving()
+	got, err := os.ReadFile(filepath.Join(dir, "f"))
+	if err != nil || !bytes.Equal(got, append(data, data[:o.Size]...)) {
+		t.Errorf("%d bytes are in the file, not what was sent: %v", len(got), err)
+	}
+	g.release(e.NodeID, fh)
 }

@@ -210,8 +210,13 @@ func NoFlush(root *os.File, submounts SubmountPolicy) bool {
 	if submounts != SubmountsHide {
 		return false // they may be of any kind
 	}
+	return local(int(root.Fd()))
+}
+
+// local tells whether a file is of a file system of this machine's own disks or memory that is known to us.
+func local(fd int) bool {
 	var st unix.Statfs_t
-	if unix.Fstatfs(int(root.Fd()), &st) != nil {
+	if unix.Fstatfs(fd, &st) != nil {
 		return false
 	}
 	switch st.Type {

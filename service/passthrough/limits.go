@@ -28,6 +28,7 @@ type Limits struct {
 	descriptors atomic.Int64
 	waits       atomic.Int64
 	serving     atomic.Int64
+	pipes       atomic.Int64
 	bytes       byteGauge
 }
 

@@ -31,6 +31,7 @@ type request struct {
 
 	pipe  *splice.Pipe // of large data; nil: they are in body or out
 	piped int          // bytes in it
+	sends bool         // they are of the reply
 
 	pinned   [6]*node // released with the request
 	npinned  int

@@ -59,7 +59,7 @@ type stream struct {
 // or one after the other: what the guest knows and has open is the mount's. Of a stream that breaks off the requests under way are done, and their replies lost.
 func (fs *FS) Serve(c io.ReadWriteCloser) error {
 	s := &stream{fs: fs, c: c, turn: make(chan struct{}, 1), wake: make(chan struct{}, 1), done: make(chan struct{}), buf: make([]byte, readAhead), out: make([]byte, 0, keepReplies)}
-	s.bulk.begin(c)
+	s.beginBulk()
 	s.wg.Go(s.watch)
 	s.pass()
 	s.wg.Wait()
@@ -124,6 +124,7 @@ func (s *stream) watch() {
 				s.pass()
 			}
 		}
+		s.closeFreePipes()
 		s.watching.Store(false)
 		if s.seq.Load() != last { // began before it could see that we don't watch
 			s.beWatched()
@@ -274,7 +275,7 @@ func (s *stream) answer(r *request, op *op, keep bool) {
 	case r.end:
 		first = r.tellEnd()
 	}
-	if e == 0 && r.piped > 0 {
+	if e == 0 && r.sends {
 		s.replyPiped(r)
 	} else {
 		s.reply(first, r.out, r.hdr.Unique, e, keep)
@@ -290,8 +291,8 @@ func (s *stream) replyPiped(r *request) {
 	s.outMu.Lock()
 	defer s.outMu.Unlock()
 	s.flushLocked()
-	if _, err := s.c.Write(r.out); err == nil {
-		_ = r.sendPiped() // as in reply
+	if _, err := s.c.Write(r.out); err == nil && r.sendPiped() != nil {
+		s.c.Close() // the rest of the reply can't come: who reads sees the end
 	}
 }
 
@@ -308,6 +309,10 @@ func (s *stream) reply(first, b []byte, unique uint64, e fuse.Errno, keep bool) 
 	if fits && (keep || len(s.out)+len(first) > 0) {
 		s.out = append(append(s.out, first...), b...)
 		b = nil
+	}
+	if !fits {
+		s.flushLocked()
+		s.out = append(s.out, first...)
 	}
 	if !keep || !fits {
 		s.flushLocked()

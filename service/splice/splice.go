@@ -9,7 +9,9 @@
 package splice
 
 import (
+	"fmt"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -93,8 +95,19 @@ func splice(from int, fromOff *int64, to int, toOff *int64, n int) (int, error) 
 	}
 }
 
-// Saves tells whether data spare a copy by going to and from a socket through a Pipe: Unix sockets hand on pages, vsock copies.
+// Saves tells whether data spare a copy by going to and from a socket through a Pipe: Unix sockets hand on pages, vsock copies. Before
+// Linux 6.5 (MSG_SPLICE_PAGES) they do so under a lock that the peer may hold for ever.
 func Saves(sock int) bool {
 	domain, err := unix.GetsockoptInt(sock, unix.SOL_SOCKET, unix.SO_DOMAIN)
-	return err == nil && domain == unix.AF_UNIX
+	return err == nil && domain == unix.AF_UNIX && newEnough()
 }
+
+var newEnough = sync.OnceValue(func() bool {
+	var u unix.Utsname
+	var major, minor int
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	_, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	return err == nil && (major > 6 || major == 6 && minor >= 5)
+})
