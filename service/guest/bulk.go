@@ -29,35 +29,40 @@ type bulk struct {
 // writeHead is what a WRITE has before its data: fuse_in_header and fuse_write_in.
 const writeHead = 80
 
-// may tells whether a message goes by the pipe, and makes that. The kernel loses a request that does not fit its reader's pipe: max_write
-// is what keeps it from making one, and an earlier pump may have agreed to more.
-func (b *bulk) may(p **splice.Pipe, maxWrite uint32) bool {
-	if !b.saves || maxWrite == 0 || maxWrite > splice.MaxData {
+// may tells whether a message goes by a pipe, and makes that. The kernel loses a request whose pages are more than its reader's pipe
+// holds. The largest reply tells how many they may be: an earlier pump may have agreed to more than this one would.
+func (p *Pump) may(pipe **splice.Pipe) bool {
+	b := &p.bulk
+	if !b.saves || p.maxWrite.Load() == 0 || p.maxReply-fuse.OutHeaderSize-headRoom > splice.Size-2*pageSize {
 		return false
 	}
-	if *p == nil {
+	if *pipe == nil {
 		made, err := splice.New()
 		if err != nil {
 			b.saves = false // the user has too many already; it works without
 			return false
 		}
-		*p = made
+		*pipe = made
 	}
 	return true
 }
 
-func (b *bulk) close() {
-	for _, p := range [...]*splice.Pipe{b.out, b.in} {
-		if p != nil {
-			p.Close()
-		}
+// close closes the pipes, but for one that has the beginning of a reply, if that is still to be had.
+func (b *bulk) close(all bool) {
+	if b.out != nil {
+		b.out.Close()
+		b.out = nil
+	}
+	if b.in != nil && (all || b.toCome == 0) {
+		b.in.Close()
+		b.in = nil
 	}
 }
 
 // read reads a request into buf, but for the data of a large WRITE that follows another one: so many bytes of it are in the pipe.
 func (p *Pump) read(buf []byte) (n, piped int, err error) {
 	b := &p.bulk
-	if !b.writes || !b.may(&b.out, p.maxWrite.Load()) {
+	if !b.writes || !p.may(&b.out) {
 		n, err = readNow(p.dev.fd, buf)
 		b.writes = err == nil && n >= writeHead+splice.MinData && isWrite(buf)
 		return n, 0, err
@@ -87,7 +92,7 @@ func (p *Pump) goesPiped(size int) bool {
 	var h fuse.OutHeader
 	fuse.Decode(&h, p.in[p.start:p.end])
 	tried := b.reads && p.end-p.start == fuse.OutHeaderSize
-	b.reads = size >= fuse.OutHeaderSize+splice.MinData && h.Error == 0 && h.Unique != 0 && b.may(&b.in, p.maxWrite.Load())
+	b.reads = size >= fuse.OutHeaderSize+splice.MinData && h.Error == 0 && h.Unique != 0 && p.may(&b.in)
 	if tried && b.reads {
 		b.toCome = size - fuse.OutHeaderSize
 	}

@@ -7,8 +7,12 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -120,26 +124,129 @@ func TestLargeData(t *testing.T) {
 			if err := stop(); err != nil {
 				t.Error(err)
 			}
-			if p.bulk.out == nil || p.bulk.in == nil {
-				t.Errorf("nothing went through pipes: %+v", &p.bulk)
-			}
 		})
 	}
 }
 
 // A pump that goes on with what another one has agreed may get requests that don't fit a pipe.
 func TestLargeDataAgreedBefore(t *testing.T) {
-	for _, write := range []uint32{0, splice.MaxData + 4096, MaxData} {
-		b := bulk{saves: true}
-		if b.may(&b.out, write) || b.out != nil {
-			t.Errorf("requests of up to %d bytes would go through a pipe", write)
+	for _, tt := range []struct {
+		write uint32
+		pages int
+		want  bool
+	}{
+		{0, 32, false}, // before INIT
+		{splice.MaxData, splice.MaxData / pageSize, true},
+		{splice.MaxData, splice.Size/pageSize - 2, true},
+		{splice.MaxData, splice.Size/pageSize - 1, false},
+		{MaxData, MaxData / pageSize, false},
+	} {
+		p := &Pump{maxReply: max(minReply, tt.pages*pageSize+fuse.OutHeaderSize+headRoom)}
+		p.bulk.saves = true
+		p.maxWrite.Store(tt.write)
+		if p.may(&p.bulk.out) != tt.want || (p.bulk.out != nil) != tt.want {
+			t.Errorf("requests of up to %d bytes and %d pages go through a pipe: %v", tt.write, tt.pages, !tt.want)
+		}
+		p.bulk.close(true)
+	}
+}
+
+// Where INIT's reply, another one and the beginning of a large one come together, the large one may have to leave the pipe again for a
+// buffer that has not grown yet.
+func TestLargeReplyRightAfterInit(t *testing.T) {
+	fstest.Leaks(t)
+	dev, kernel := fakeDevice(t)
+	a, b := streamPair(t)
+	p, err := NewPump(dev, a, PumpOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.initUnique = 2
+	const size, piece = 200_000, 700 // 256 pieces are more than the buffer had before INIT, and less than all
+	init := message(2, 0, fuse.Append(nil, &fuse.InitOut{Major: fuse.Major, Minor: fuse.Minor, MaxWrite: MaxData, Flags: uint32(fuse.MAX_PAGES), MaxPages: 256}))
+	other, large := message(4, 0, make([]byte, splice.MinData)), message(6, 0, make([]byte, size))
+	rand.NewChaCha8([32]byte{3}).Read(large[fuse.OutHeaderSize:])
+	if err := unix.SetNonblock(kernel, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Write(slices.Concat(init, other, large[:fuse.OutHeaderSize])); err != nil {
+		t.Fatal(err)
+	}
+	ran := make(chan error, 1)
+	go func() { ran <- p.Run() }()
+	buf := make([]byte, 1<<20)
+	next := func() []byte {
+		n, err := unix.Read(kernel, buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return buf[:n]
+	}
+	if a, b := len(next()), len(next()); a != len(init) || b != len(other) {
+		t.Fatalf("replies of %d and %d bytes", a, b)
+	}
+	for rest := large[fuse.OutHeaderSize:]; len(rest) > 0; {
+		n, err := b.Write(rest[:min(piece, len(rest))])
+		if err != nil {
+			t.Fatal(err)
+		}
+		rest = rest[n:]
+	}
+	if !bytes.Equal(next(), large) {
+		t.Error("the reply is not what was sent")
+	}
+	p.Close()
+	if err := <-ran; !errors.Is(err, os.ErrClosed) {
+		t.Error(err)
+	}
+	unix.Shutdown(kernel, unix.SHUT_RDWR)
+}
+
+// Pipes are not kept by who does not need them.
+func TestPipesOfAQuietPump(t *testing.T) {
+	fstest.Leaks(t)
+	m := newMemFS()
+	dir, p, stop := pumpTo(t, &m.tinyFS)
+	name := filepath.Join(dir, "hello")
+	pipes := func() (n int) {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, fd := range fds {
+			if to, _ := os.Readlink("/proc/self/fd/" + fd.Name()); strings.HasPrefix(to, "pipe:") {
+				n++
+			}
+		}
+		return n
+	}
+	before, most := pipes(), 0
+	for range 10 {
+		writeAll(t, name, make([]byte, 2*splice.MaxData), 2*splice.MaxData)
+		most = max(most, pipes())
+	}
+	if most != before+2 {
+		t.Errorf("%d descriptors of pipes while it writes, %d before", most, before)
+	}
+	for range 10 {
+		readAll(t, name, splice.MaxData)
+		most = max(most, pipes())
+	}
+	if most != before+4 {
+		t.Errorf("%d descriptors of pipes while it reads, %d before", most, before)
+	}
+	for until := time.Now().Add(20 * time.Second); pipes() > before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("%d descriptors of pipes, %d before", pipes(), before)
 		}
 	}
-	b := bulk{saves: true}
-	if !b.may(&b.out, splice.MaxData) {
-		t.Error("requests that fit don't go through a pipe")
+	writeAll(t, name, make([]byte, 3*splice.MaxData), 3*splice.MaxData) // and again
+	if err := stop(); err != nil {
+		t.Error(err)
 	}
-	b.close()
+	if p.bulk.out != nil {
+		t.Error("a pipe is left")
+	}
 }
 
 // A host that ends within a large reply, or sends one that nobody waits for, or one that is no reply to a READ.

@@ -10,10 +10,37 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // listName is the file in StateDir that has the mounts which are kept in the store, for CleanUp. It ends with the boot, as they do.
 const listName = "mounts.json"
+
+// lockName is a file in StateDir that a daemon with a store has locked while it runs.
+const lockName = "lock"
+
+// lockState locks that file: shared for a daemon, which waits for a CleanUp under way; exclusively, and without waiting, for CleanUp. The lock ends
+// when the file is closed.
+func lockState(stateDir string, how int) (*os.File, error) {
+	if err := os.MkdirAll(stateDir, 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(stateDir, lockName), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), how)
+		if err == nil {
+			return f, nil
+		}
+		if err != unix.EINTR {
+			f.Close()
+			return nil, &os.PathError{Op: "lock", Path: f.Name(), Err: err}
+		}
+	}
+}
 
 // listed is a mount in that file.
 type listed struct {
@@ -55,8 +82,16 @@ func (d *Daemon) writeList() error {
 }
 
 // CleanUp detaches the mounts that a daemon has left behind whose store is emptied: it was killed while it
-// was stopping. Of what is mounted elsewhere or by others nothing is touched.
+// was stopping. Of what is mounted elsewhere or by others nothing is touched; and nothing at all, which is an error, while a daemon runs.
 func CleanUp(stateDir string) error {
+	lock, err := lockState(stateDir, unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return errors.New("a daemon runs, and serves its mounts: nothing is detached")
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	name := filepath.Join(stateDir, listName)
 	b, err := os.ReadFile(name)
 	if errors.Is(err, os.ErrNotExist) {

@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"transfused.org/transfused/service/api"
 	"transfused.org/transfused/service/sd"
 	"transfused.org/transfused/service/transport"
@@ -123,6 +125,13 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	d.ctx = ctx
+	if d.c.Store != nil {
+		if lock, err := lockState(d.c.StateDir, unix.LOCK_SH); err != nil {
+			d.log.Error("nothing keeps clean-up from detaching what this daemon mounts", "error", err)
+		} else {
+			defer lock.Close()
+		}
+	}
 	d.helper, err = startHelper(d.roots, d.c.Fusermount, func(s string) { d.log.Warn(s) }, d.pong)
 	if err != nil {
 		return err

@@ -38,6 +38,8 @@ const (
 	// how many milliseconds at most. Nobody waits for them, and each by itself would wake the server.
 	maxForgets  = 4 << 10
 	forgetDelay = 10
+	// pipeTime is after how many milliseconds in which nothing comes the pipes for large data are closed.
+	pipeTime = 1000
 )
 
 // Stream is a connected stream socket that a Pump speaks to the host over, such as *transport.Conn.
@@ -205,7 +207,7 @@ func (p *Pump) Run() error {
 	p.loop.Enter(watchdog.WaitPeer) // it does nothing any more
 	p.stop(err)
 	p.waker.close()
-	p.bulk.close()
+	p.bulk.close(true)
 	if p.ownsDev {
 		p.dev.close()
 	}
@@ -277,6 +279,9 @@ func (p *Pump) pump() error {
 		}
 		p.yielder.Yield()
 		timeout := -1
+		if p.bulk.out != nil || p.bulk.in != nil {
+			timeout = pipeTime
+		}
 		if held > 0 {
 			timeout = forgetDelay
 		}
@@ -297,6 +302,7 @@ func (p *Pump) pump() error {
 				return err
 			}
 			held = 0
+			p.bulk.close(false)
 		}
 		// Who got a reply has often asked the next thing already.
 		for range tries {
@@ -515,14 +521,14 @@ func (p *Pump) receive() error {
 			p.end = copy(p.in, p.in[p.start:p.end])
 			p.start = 0
 		}
+		if len(p.in) < p.maxReply {
+			p.in = append(prefaulted(p.maxReply)[:0], p.in[:p.end]...)[:p.maxReply]
+		}
 		if p.bulk.toCome > 0 {
 			if err := p.bulk.in.Write(p.in[:p.end]); err != nil {
 				return err
 			}
 			continue
-		}
-		if len(p.in) < p.maxReply {
-			p.in = append(prefaulted(p.maxReply)[:0], p.in[:p.end]...)[:p.maxReply]
 		}
 		if p.end == 0 {
 			return nil
