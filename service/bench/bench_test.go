@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -21,21 +22,7 @@ var smallScale = scale{Getattrs: 20, Reads: 20, Stats: 120, Creates: 20, Copies:
 func TestMeasure(t *testing.T) {
 	fstest.Leaks(t)
 	c := config{Dir: t.TempDir(), Cases: caseNames(), Peers: []string{bare}, Runs: 2, Scale: smallScale}
-	if err := makeTree(t.Context(), c.Dir, c.Scale); err != nil {
-		t.Fatal(err)
-	}
-	res, err := measureAll(t.Context(), free, c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, r := range res.Rows {
-		if v := r.Rounds[bare]; len(v) != 2 || v[0] <= 0 || v[1] <= 0 {
-			t.Errorf("%s: rounds %v", r.Case, v)
-		}
-	}
-	if len(res.Rows) != len(cases) {
-		t.Errorf("%d rows, want %d", len(res.Rows), len(cases))
-	}
+	measureSmall(t, c)
 	left, err := filepath.Glob(filepath.Join(c.Dir, "tree/scratch-*/*/*"))
 	if err != nil {
 		t.Fatal(err)
@@ -60,6 +47,12 @@ func TestFloor(t *testing.T) {
 	if err := buildFloor(t.Context(), c.Dir); err != nil {
 		t.Fatal(err)
 	}
+	measureSmall(t, c)
+}
+
+// measureSmall makes the tree and measures all that c says, of which every case must have its figures.
+func measureSmall(t *testing.T, c config) {
+	t.Helper()
 	if err := makeTree(t.Context(), c.Dir, c.Scale); err != nil {
 		t.Fatal(err)
 	}
@@ -67,9 +60,12 @@ func TestFloor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if len(res.Rows) != len(cases) {
+		t.Errorf("%d rows, want %d", len(res.Rows), len(cases))
+	}
 	for _, r := range res.Rows {
 		for _, p := range c.Peers {
-			if v := r.Rounds[p]; len(v) != 2 || v[0] <= 0 || v[1] <= 0 {
+			if v := r.Rounds[p]; len(v) != c.Runs || slices.Min(v) <= 0 {
 				t.Errorf("%s of %s: rounds %v", r.Case, p, v)
 			}
 		}
