@@ -22,10 +22,10 @@ SYSCONFDIR := /etc
 ZSHDIR     := zsh/vendor-completions
 
 .DEFAULT_GOAL := help
-.PHONY: help build man install demo test test-vm soak bench fuzz lint dist deb deb-forky rpm clean
+.PHONY: help build man install demo test test-vm test-vm-all soak bench fuzz lint dist deb deb-forky rpm clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build the programs into bin/
 	$(GOBUILD) -o $(BIN)/ ./cmd/...
@@ -63,9 +63,13 @@ test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on r
 	@.ci/deps fuse3 acl attr gcc libc6-dev git rsync vim dbus-daemon systemd man-db
 	$(GO) test -timeout 15m ./...
 
-test-vm: ## the same and more over real virtio-vsock, in a Debian VM (built and cached first)
+test-vm: ## mounts over real virtio-vsock, in a Debian VM (built and cached first); five minutes
 	@.ci/deps debootstrap e2fsprogs util-linux debian-archive-keyring git
-	$(GO) test -tags vm -count 1 -timeout 60m -parallel 4 -v ./service/vmtest
+	$(GO) test -tags vm -count 1 -timeout 60m -parallel 4 -v $(VMTESTS) ./service/vmtest
+
+test-vm-all: VMTESTS = -run ''
+test-vm-all: test-vm ## and the packages with systemd 257 and 252, and the caches beside virtiofsd; half an hour
+VMTESTS ?= -run '^TestVM$$'
 
 SOAK ?= 5m
 soak: ## host and guests change one tree at random in six modes, SOAK (5m) each, with the race detector
