@@ -16,6 +16,8 @@ const (
 	AheadOutSize  = int(unsafe.Sizeof(AheadOut{}))
 	EndOutSize    = int(unsafe.Sizeof(EndOut{}))
 	EntryOutSize  = int(unsafe.Sizeof(EntryOut{}))
+	// WriteHead is what a WRITE has before its data: InHeader and WriteIn.
+	WriteHead = InHeaderSize + int(unsafe.Sizeof(WriteIn{}))
 )
 
 // Struct is the closed set of the kernel's structures: fixed size, no pointers, no hidden padding.

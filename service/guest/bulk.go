@@ -26,9 +26,6 @@ type bulk struct {
 	toCome int  // bytes of a reply, whose beginning is in the pipe in, that have not come yet
 }
 
-// writeHead is what a WRITE has before its data: fuse_in_header and fuse_write_in.
-const writeHead = 80
-
 // may tells whether a message goes by a pipe, and makes that. The kernel loses a request whose pages are more than its reader's pipe
 // holds. The largest reply tells how many they may be: an earlier pump may have agreed to more than this one would.
 func (p *Pump) may(pipe **splice.Pipe) bool {
@@ -64,18 +61,18 @@ func (p *Pump) read(buf []byte) (n, piped int, err error) {
 	b := &p.bulk
 	if !b.writes || !p.may(&b.out) {
 		n, err = readNow(p.dev.fd, buf)
-		b.writes = err == nil && n >= writeHead+splice.MinData && isWrite(buf)
+		b.writes = err == nil && n >= fuse.WriteHead+splice.MinData && isWrite(buf)
 		return n, 0, err
 	}
 	size, err := b.out.Take(p.dev.fd, nil, len(buf))
 	if err != nil {
 		return 0, 0, err
 	}
-	n = min(size, writeHead)
+	n = min(size, fuse.WriteHead)
 	if err := b.out.Read(buf[:n]); err != nil {
 		return 0, 0, err
 	}
-	if b.writes = size >= writeHead+splice.MinData && isWrite(buf); b.writes {
+	if b.writes = size >= fuse.WriteHead+splice.MinData && isWrite(buf); b.writes {
 		return n, size - n, nil
 	}
 	return size, 0, b.out.Read(buf[n:size])

@@ -31,9 +31,6 @@ const (
 	sessionPipes = 8
 )
 
-// writeHead is what a WRITE has before its data: fuse_in_header and fuse_write_in.
-const writeHead = fuse.InHeaderSize + 40
-
 func (s *stream) beginBulk() {
 	b := &s.bulk
 	b.sock, b.pipes = -1, make(chan *splice.Pipe, maxPipes)
@@ -138,7 +135,7 @@ func (r *request) givePipe() {
 // goesPiped tells whether the data of the request whose header was read, n bytes behind it, go through a pipe: it is a large WRITE, and
 // so was the one before, so that nothing of the data was read. The caller has the turn.
 func (s *stream) goesPiped(r *request, n int) bool {
-	tried := s.bulk.writes && s.w-s.r == writeHead-fuse.InHeaderSize
+	tried := s.bulk.writes && s.w-s.r == fuse.WriteHead-fuse.InHeaderSize
 	s.bulk.writes = s.bulk.sock >= 0 && r.hdr.Opcode == fuse.OpWrite && n >= splice.MinData && r.hdr.TotalExtlen == 0
 	return tried && s.bulk.writes && r.takePipe()
 }

@@ -172,7 +172,7 @@ func (s *stream) read(r *request) error {
 		}
 		room := s.buf[s.w:]
 		if s.bulk.writes {
-			room = room[:writeHead-s.w]
+			room = room[:fuse.WriteHead-s.w]
 		}
 		n, err := s.c.Read(room)
 		s.w += n
