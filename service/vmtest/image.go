@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -39,7 +40,7 @@ type Images struct {
 }
 
 // Build returns the images for a VM whose guest is of that Debian release, building what the cache does not have; that takes some minutes. It
-// needs root, as Boot does, and says on log what it does. The cache is $XDG_CACHE_HOME/transfused/vm; an image's folder is
+// needs root, as Boot does, and says on log what it does, for several images at once. The cache is $XDG_CACHE_HOME/transfused/vm; an image's folder is
 // named after the release and the hash of the script that built it, so a changed script builds anew.
 // Concurrent calls, of several processes too, wait for each other, and a build that was interrupted leaves no image.
 func Build(ctx context.Context, log io.Writer, suite string) (*Images, error) {
@@ -72,6 +73,7 @@ func Build(ctx context.Context, log io.Writer, suite string) (*Images, error) {
 	}
 
 	im := new(Images)
+	var g errgroup.Group
 	for _, image := range []struct {
 		name   string
 		script []byte
@@ -84,11 +86,14 @@ func Build(ctx context.Context, log io.Writer, suite string) (*Images, error) {
 		if _, err := os.Stat(*image.dir); err == nil {
 			continue
 		}
-		if err := build(ctx, log, image.name, image.script, *image.dir); err != nil {
-			return nil, fmt.Errorf("vm images: %s: %w", image.name, err)
-		}
+		g.Go(func() error {
+			if err := build(ctx, log, image.name, image.script, *image.dir); err != nil {
+				return fmt.Errorf("vm images: %s: %w", image.name, err)
+			}
+			return nil
+		})
 	}
-	return im, nil
+	return im, g.Wait()
 }
 
 // build runs script into a folder beside dir and renames it to dir in the end.
