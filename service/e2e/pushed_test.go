@@ -94,6 +94,12 @@ func TestOverflow(t *testing.T) {
 	host, _ := r.told("", "")
 	for round := range 5 {
 		r.agrees(time.Now(), stale)
+		made := func(i int) string { return fmt.Sprint("f", i, "new", round) }
+		for i := 3; i < files; i += 4 {
+			if _, err := os.Lstat(filepath.Join(r.mnt, made(i))); err == nil {
+				t.Fatalf("%s is there", made(i))
+			}
+		}
 		// Nobody reads the queue meanwhile.
 		if err := unix.Kill(host.cmd.Process.Pid, unix.SIGSTOP); err != nil {
 			t.Fatal(err)
@@ -120,7 +126,7 @@ func TestOverflow(t *testing.T) {
 					err = os.WriteFile(name, []byte(text), 0o644)
 				}
 			case 3:
-				err = os.WriteFile(name+fmt.Sprint("new", round), nil, 0o644)
+				err = os.WriteFile(filepath.Join(r.export, made(i)), nil, 0o644)
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -128,6 +134,14 @@ func TestOverflow(t *testing.T) {
 		}
 		if err := unix.Kill(host.cmd.Process.Pid, unix.SIGCONT); err != nil {
 			t.Fatal(err)
+		}
+		begin := time.Now()
+		for i := 3; i < files; i += 4 {
+			for _, err := os.Lstat(filepath.Join(r.mnt, made(i))); err != nil; _, err = os.Lstat(filepath.Join(r.mnt, made(i))) {
+				if time.Since(begin) > 5*stale {
+					t.Fatalf("%s is not there: %v", made(i), err)
+				}
+			}
 		}
 		lag, _ := r.agrees(time.Now(), stale)
 		t.Logf("after %d changes the views agree after %v", files, lag)

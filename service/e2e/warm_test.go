@@ -92,6 +92,9 @@ func testWarm(t *testing.T, export, mount string, blind bool, check func(r *rig,
 			}
 		}
 		for _, d := range dirs {
+			if _, err := os.Lstat(filepath.Join(d, "absent")); err == nil {
+				t.Fatal(d + "/absent is there")
+			}
 			if entries, err := os.ReadDir(d); err != nil || len(entries) != 20 {
 				t.Fatal(len(entries), err)
 			}

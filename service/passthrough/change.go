@@ -3,6 +3,7 @@
 package passthrough
 
 import (
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -55,6 +56,8 @@ type caching struct {
 	actor  Actor
 	closed bool
 	done   chan struct{} // closed when nothing is told any more; nil before the first channel
+
+	absences absences
 
 	led led // of who tells
 }
@@ -113,21 +116,6 @@ func (fs *FS) watchedLife(r *request, parent, n *node, st *unix.Statx_t) (entry,
 		return longTTL * time.Second, fs.c.TTL // it may be changed by a name outside of the export
 	}
 	return longTTL * time.Second, longTTL * time.Second
-}
-
-// absent is for how long the guest may cache that a name is not there.
-func (fs *FS) absent(r *request, dir *node) time.Duration {
-	switch {
-	case fs.c.Cache == CacheAlways:
-		return longTTL * time.Second
-	case fs.c.Cache != CacheCoherent || !fs.pushed() || r.seq != fs.caching.seq.Load():
-		return 0
-	case fs.c.Dirs != nil && !r.covers(dir):
-		return 0
-	case fs.c.Dirs == nil && (dir.key.dev != fs.root.key.dev || dir.key.mnt != fs.root.key.mnt):
-		return 0
-	}
-	return fs.c.TTL // nobody knows which they are, to have them all forgotten
 }
 
 // openFlags are those of the reply to an OPEN of n, whose state is st now.
@@ -249,7 +237,7 @@ func (fs *FS) tell() {
 	var acts []change
 	for {
 		c.mu.Lock()
-		for !c.closed && (len(c.queue) == 0 && !c.lost && len(acts) == 0 || c.notify == nil && c.actor == nil) {
+		for !c.closed && (len(c.queue) == 0 && !c.lost && len(acts) == 0 && (c.absences.old == nil || c.notify == nil) || c.notify == nil && c.actor == nil) {
 			c.wake.Wait()
 		}
 		if c.closed {
@@ -258,7 +246,12 @@ func (fs *FS) tell() {
 		}
 		batch, lost, n, a := c.queue, c.lost, c.notify, c.actor
 		c.queue, c.lost = nil, false
+		var absent map[entryKey]struct{}
+		if n != nil {
+			absent, c.absences.old = c.absences.old, nil
+		}
 		c.mu.Unlock()
+		fs.tellAbsent(absent, n)
 		if lost {
 			fs.tellAll(n)
 			acts = nil
@@ -404,8 +397,13 @@ func (fs *FS) tellAll(n *notifier) {
 		}
 		n.flushAt(fs, maxBatch)
 	}
-	n.flush(fs)
 	c := &fs.caching
+	c.mu.Lock()
+	absent := maps.Clone(c.absences.now)
+	before := c.absences.before // which is not written to any more
+	c.mu.Unlock()
+	fs.tellAbsent(absent, n)
+	fs.tellAbsent(before, n)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// A reply that was on its way may have given a name new life: once more, when it has arrived.

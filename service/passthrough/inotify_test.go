@@ -231,7 +231,7 @@ func TestWatchedDirs(t *testing.T) {
 	equal(t, "f's name is for", f.EntryValid, longTTL)
 	equal(t, "f's attributes are for", f.AttrValid, longTTL)
 	equal(t, "f's attributes are for, asked again", p.attrValid(f.NodeID), longTTL)
-	equal(t, "what is not there is not there for", p.lookupNone(a.NodeID, "none"), 1)
+	equal(t, "what is not there is not there for", p.lookupNone(a.NodeID, "none"), longTTL)
 	must(t, os.Link(p.host("a/f"), p.host("a/g")))
 	equal(t, "the attributes of a file with two names are for", p.lookup(a.NodeID, "g").AttrValid, 1)
 	b := p.lookup(a.NodeID, "b")
@@ -259,7 +259,7 @@ func TestWatchedDirsTold(t *testing.T) {
 		must(t, os.WriteFile(p.host("a/"+f), []byte("x"), 0o644))
 	}
 	a, b := p.lookup(1, "a").NodeID, p.lookup(1, "b").NodeID
-	equal(t, "what is not there is not there for", p.lookupNone(b, "f"), 1)
+	equal(t, "what is not there is not there for", p.lookupNone(b, "f"), longTTL)
 	f, g, h := p.lookup(a, "f").NodeID, p.lookup(a, "g").NodeID, p.lookup(a, "h").NodeID
 	p.until("entry 1 out")
 	inode := func(id uint64) string { return fmt.Sprintf("inode %d", id) }
@@ -416,13 +416,34 @@ func TestWatchedDirsLost(t *testing.T) {
 	must(t, os.Mkdir(p.host("d"), 0o755))
 	p.until("entry 1 d")
 	d := p.lookup(1, "d").NodeID
+	for p.lookupNone(1, "none") != longTTL { // as long as its making is yet to be told
+		time.Sleep(time.Millisecond)
+	}
 	for range 2 { // at once, and when replies that were on their way have arrived; names may be mounted on, and are not forgotten
 		if d != 0 {
 			p.w.changed([]watch.DirChange{{Op: watch.Lost}})
 			d = 0
 		}
 		p.until("expire 1 d")
+		p.until("expire 1 none")
 	}
+}
+
+// Of more absent names than are remembered, the guest forgets those that it has asked about first.
+func TestAbsences(t *testing.T) {
+	p := newPushed(t, nil)
+	for i := range 2 * maxAbsences {
+		if life := p.lookupNone(1, fmt.Sprint("none", i)); life != longTTL {
+			t.Fatalf("name %d may be believed not to be there for %d s", i, life)
+		}
+	}
+	for range maxAbsences {
+		if before := p.untilPrefix("expire 1 no"); len(before) > 0 {
+			t.Fatal(before)
+		}
+	}
+	p.want("those that were asked about later")
+	equal(t, "a name that was forgotten is not there for", p.lookupNone(1, "none0"), longTTL)
 }
 
 // A file system that can't tell what changes is not watched.
@@ -457,7 +478,7 @@ func TestWatchedDirsLimit(t *testing.T) {
 	for i := range 5 {
 		d := fmt.Sprint("d", i)
 		must(t, os.MkdirAll(p.host(d+"/e"), 0o755))
-		ttl, none := uint64(longTTL), uint64(1)
+		ttl, none := uint64(longTTL), uint64(longTTL)
 		if i >= 2 {
 			ttl, none = 1, 0
 		}

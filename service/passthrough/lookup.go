@@ -20,15 +20,19 @@ func opLookup(r *request) fuse.Errno {
 		return e
 	}
 	r.watchDir(parent, dir)
-	e = r.entry(parent, dir, name)
+	var st unix.Statx_t
+	e = statxAt(dir, name, &st)
 	if e == unix.ENOENT {
-		if life := r.fs.absent(r, parent); life > 0 {
+		if life := r.fs.absent(r, parent, name); life > 0 {
 			out := fuse.EntryOut{}
 			out.EntryValid, out.EntryValidNsec = seconds(life)
 			return reply(r, &out)
 		}
 	}
-	return e
+	if e != 0 {
+		return e
+	}
+	return r.entryOf(parent, name, &st)
 }
 
 // seconds is a time as the kernel wants it.
