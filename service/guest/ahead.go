@@ -36,7 +36,9 @@ type shortcuts struct {
 	noFlush bool                // FLUSH does nothing at the host, but to drop locks
 	locked  map[uint64]struct{} // nodes that have been locked
 
-	atHost int           // requests whose reply has not come
+	atHost    int                 // requests whose reply has not come, but for RELEASEs
+	releasing map[uint64]struct{} // RELEASEs whose reply has not come, by their unique: they do nothing to a directory
+
 	change fuse.AheadOut // the last change, if it went alone: Unique and NodeID, else 0; and its directory's attributes
 	until  time.Time     // when they are no longer an answer; zero: they have not come
 
@@ -83,7 +85,7 @@ func (s *shortcuts) request(h *fuse.InHeader, body []byte) []byte {
 	case fuse.OpFlush:
 		// Of a file that was not opened (handle 0) the host says that it never needs one.
 		opened := len(body) >= 8 && binary.LittleEndian.Uint64(body) != 0
-		if _, locked := s.locked[h.NodeID]; s.noFlush && !locked && opened {
+		if !s.mayLock(h.NodeID) && opened {
 			fuse.Put(s.answer[:], &fuse.OutHeader{Len: uint32(fuse.OutHeaderSize), Unique: h.Unique})
 			return s.answer[:fuse.OutHeaderSize]
 		}
@@ -104,6 +106,9 @@ func (s *shortcuts) request(h *fuse.InHeader, body []byte) []byte {
 		if s.atHost == 0 { // with others the host may do it in any order
 			s.change.Unique, s.change.NodeID = h.Unique, h.NodeID
 		}
+	case fuse.OpRelease:
+		s.releasing[h.Unique] = struct{}{}
+		return nil
 	case fuse.OpLookup:
 	default:
 		if h.NodeID == s.change.NodeID {
@@ -147,10 +152,21 @@ func (s *shortcuts) told(msg []byte) bool {
 	return true
 }
 
+// mayLock tells whether somebody may have locked a file, so that the host has to hear of its closing at once.
+func (s *shortcuts) mayLock(node uint64) bool {
+	_, locked := s.locked[node]
+	return locked || !s.noFlush
+}
+
+// unanswered is how many requests have no reply yet.
+func (s *shortcuts) unanswered() int { return s.atHost + len(s.releasing) }
+
 // replied looks at a reply of the host.
 func (s *shortcuts) replied(msg []byte) {
 	unique := binary.LittleEndian.Uint64(msg[8:])
-	if unique&interruptBit == 0 {
+	if _, release := s.releasing[unique]; release {
+		delete(s.releasing, unique)
+	} else if unique&interruptBit == 0 {
 		s.atHost--
 	}
 	if unique == s.creating && binary.LittleEndian.Uint32(msg[4:]) == 0 && len(msg) >= fuse.OutHeaderSize+8 {

@@ -24,7 +24,7 @@ type dialogue struct {
 }
 
 func newDialogue(noFlush bool) *dialogue {
-	return &dialogue{shortcuts: shortcuts{noFlush: noFlush, locked: map[uint64]struct{}{}}}
+	return &dialogue{shortcuts: shortcuts{noFlush: noFlush, locked: map[uint64]struct{}{}, releasing: map[uint64]struct{}{}}}
 }
 
 // ask sends a request; ok tells whether it was answered here.
@@ -110,6 +110,17 @@ func TestAttributesAhead(t *testing.T) {
 		{"told, and then read", func(d *dialogue) { d.change(fuse.OpCreate, dir); d.done(fuse.OpReaddir, dir) }, false},
 		{"another request was at the host", func(d *dialogue) {
 			d.ask(fuse.OpWrite, other)
+			d.change(fuse.OpUnlink, dir)
+		}, false},
+		{"a release was at the host", func(d *dialogue) {
+			u, _ := d.ask(fuse.OpRelease, other)
+			d.change(fuse.OpUnlink, dir)
+			d.replied(message(u, 0, nil))
+		}, true},
+		{"a release came back, and another request did not", func(d *dialogue) {
+			d.ask(fuse.OpWrite, other)
+			u, _ := d.ask(fuse.OpRelease, other)
+			d.replied(message(u, 0, nil))
 			d.change(fuse.OpUnlink, dir)
 		}, false},
 		{"an interrupt was at the host", func(d *dialogue) {

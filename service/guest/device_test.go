@@ -76,48 +76,85 @@ func TestDevice(t *testing.T) {
 	}
 }
 
-// A FORGET goes with the next request, in one write and before it, or by itself after a moment.
-func TestForgetsTravelTogether(t *testing.T) {
+// What nobody waits for goes with the next request, in one write and before it, or by itself after a moment.
+func TestHeldRequestsTravelTogether(t *testing.T) {
+	for _, op := range []fuse.Opcode{fuse.OpForget, fuse.OpRelease} {
+		t.Run(op.String(), func(t *testing.T) { testHeldRequestsTravelTogether(t, op) })
+	}
+}
+
+func testHeldRequestsTravelTogether(t *testing.T, held fuse.Opcode) {
 	dev, kernel := fakeDevice(t)
 	a, b := streamPair(t)
-	p, err := NewPump(dev, a, PumpOptions{})
+	p, err := NewPump(dev, a, PumpOptions{NoFlush: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	ran := make(chan error)
 	go func() { ran <- p.Run() }()
+	const size = 24 // of RELEASE's body
 	request := func(op fuse.Opcode, unique uint64) []byte {
-		body := make([]byte, 16)
+		body := make([]byte, size)
 		m := fuse.Append(nil, &fuse.InHeader{Len: uint32(fuse.InHeaderSize + len(body)), Opcode: op, Unique: unique})
 		return append(m, body...)
 	}
 	uniques := func(n int) (got []uint64) {
-		buf := make([]byte, n*(fuse.InHeaderSize+16))
+		buf := make([]byte, n*(fuse.InHeaderSize+size))
 		b.SetReadDeadline(time.Now().Add(10 * time.Second))
 		if _, err := io.ReadFull(b, buf); err != nil {
 			t.Fatal(err)
 		}
-		for ; len(buf) > 0; buf = buf[fuse.InHeaderSize+16:] {
+		for ; len(buf) > 0; buf = buf[fuse.InHeaderSize+size:] {
 			got = append(got, binary.LittleEndian.Uint64(buf[8:]))
 		}
 		return got
 	}
 	// Both are there before the pump can have looked twice, or the moment has passed: the order is the same.
-	unix.Write(kernel, request(fuse.OpForget, 1))
+	unix.Write(kernel, request(held, 1))
 	unix.Write(kernel, request(fuse.OpGetattr, 2))
 	if got := uniques(2); got[0] != 1 || got[1] != 2 {
 		t.Errorf("order %v, want 1, 2", got)
 	}
 	start := time.Now()
-	unix.Write(kernel, request(fuse.OpForget, 3))
+	unix.Write(kernel, request(held, 3))
 	if got := uniques(1); got[0] != 3 {
 		t.Errorf("got %v, want 3", got)
 	}
-	if waited := time.Since(start); waited < forgetDelay*time.Millisecond/2 {
-		t.Errorf("a FORGET by itself went out after %v: it did not wait for company", waited)
+	if waited := time.Since(start); waited < holdDelay*time.Millisecond/2 {
+		t.Errorf("a %v by itself went out after %v: it did not wait for company", held, waited)
 	}
 	p.Close()
 	if err := <-ran; !errors.Is(err, os.ErrClosed) {
 		t.Errorf("Run: %v", err)
+	}
+}
+
+// A RELEASE is held back only where nobody can wait for what it does.
+func TestHeldReleases(t *testing.T) {
+	holds := func(noFlush bool, flags uint32, locked uint64) (n int) {
+		p := Pump{shortcuts: shortcuts{noFlush: noFlush, locked: map[uint64]struct{}{locked: {}}}}
+		for range 2 * maxReleases {
+			if p.holds(&fuse.InHeader{Opcode: fuse.OpRelease, NodeID: 5}, fuse.Append(nil, &fuse.ReleaseIn{Fh: 1, Flags: flags})) {
+				n++
+			}
+		}
+		return n
+	}
+	for _, c := range []struct {
+		name    string
+		noFlush bool
+		flags   uint32
+		locked  uint64
+		want    int
+	}{
+		{"open for reading", true, unix.O_RDONLY | unix.O_CLOEXEC, 6, maxReleases},
+		{"open for writing", true, unix.O_WRONLY, 6, 0},
+		{"open for both", true, unix.O_RDWR, 6, 0},
+		{"locked", true, unix.O_RDONLY, 5, 0},
+		{"nobody knows what is locked", false, unix.O_RDONLY, 6, 0},
+	} {
+		if got := holds(c.noFlush, c.flags, c.locked); got != c.want {
+			t.Errorf("%s: %d are held back, want %d", c.name, got, c.want)
+		}
 	}
 }

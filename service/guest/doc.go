@@ -31,7 +31,7 @@
 //
 // One goroutine carries both directions, and waits in poll(2) on a thread of its own, not in the runtime's poller. Nothing is
 // allocated, locked or started for a message. While the stream takes no more it goes on receiving replies, so that the two
-// ends never wait for each other. FORGETs, for which nobody waits, travel with the next request.
+// ends never wait for each other. What nobody waits for travels with the next request: FORGETs, and RELEASEs of files that were open for reading.
 //
 // Three requests are answered here: where a host of version 2 lets us, GETATTR of a directory whose attributes the host told
 // with the reply of a change in it, and FLUSH of a file without locks; and the kernel's question for the capabilities of a new file (shortcuts).

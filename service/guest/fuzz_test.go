@@ -100,7 +100,7 @@ func FuzzReplies(f *testing.F) {
 		if !errors.Is(err, ErrStream) && !errors.Is(err, ErrProtocol) {
 			t.Error(err)
 		}
-		if p.maxReply > MaxData+2*headRoom || p.requestSize > MaxData+headRoom+maxForgets {
+		if p.maxReply > MaxData+2*headRoom || p.requestSize > MaxData+headRoom+maxHeld {
 			t.Errorf("buffers of %d and %d bytes", p.maxReply, p.requestSize)
 		}
 		p.dev.close()

@@ -63,7 +63,7 @@ func (p *Pump) initReply(msg []byte) error {
 	}
 	p.minor.Store(binary.LittleEndian.Uint32(body[4:]))
 	p.maxReply = max(minReply, int(pages)*pageSize+fuse.OutHeaderSize+headRoom)
-	p.requestSize = int(max(minRequest, write)) + headRoom + maxForgets
+	p.requestSize = int(max(minRequest, write)) + headRoom + maxHeld
 	p.maxWrite.Store(write) // last: from here on a reply is not looked at again
 	if p.agreed != nil {
 		p.agreed(agreed{p.requestSize, p.maxReply, p.minor.Load(), write, p.canResend})

@@ -34,10 +34,11 @@ const (
 	minReply = 128<<10 + 4096
 	// headRoom is what stands before the data of a WRITE: fuse_in_header and fuse_write_in.
 	headRoom = 4096
-	// maxForgets is how many bytes of FORGETs are held back for the next request to take along, and forgetDelay for
-	// how many milliseconds at most. Nobody waits for them, and each by itself would wake the server.
-	maxForgets  = 4 << 10
-	forgetDelay = 10
+	// maxHeld is how many bytes of requests that nobody waits for are held back for the next request to take along, maxReleases how many of
+	// them may be RELEASEs, and holdDelay for how many milliseconds at most. Each by itself would wake the server.
+	maxHeld     = 4 << 10
+	maxReleases = 8 // the kernel counts them among those that may be under way in the background (max_background)
+	holdDelay   = 10
 	// pipeTime is after how many milliseconds in which nothing comes the pipes for large data are closed.
 	pipeTime = 1000
 )
@@ -71,6 +72,7 @@ type Pump struct {
 
 	// Of Run's goroutine.
 	yielder     transport.Yielder
+	releases    int // that are held back
 	drains      bool
 	requestSize int // what a request may need, in bytes; grows once, at INIT's reply
 	maxReply    int
@@ -103,7 +105,7 @@ type agreed struct {
 
 // check says what is wrong with values that another program wrote.
 func (a agreed) check() error {
-	if a.RequestSize < minRequest || a.RequestSize > MaxData+headRoom+maxForgets || a.MaxReply < minReply || a.MaxReply > MaxData+fuse.OutHeaderSize+headRoom {
+	if a.RequestSize < minRequest || a.RequestSize > MaxData+headRoom+maxHeld || a.MaxReply < minReply || a.MaxReply > MaxData+fuse.OutHeaderSize+headRoom {
 		return fmt.Errorf("sizes of FUSE messages that can't be: %+v", a)
 	}
 	return nil
@@ -161,10 +163,10 @@ func newPump(d *device, sock int, o PumpOptions) (*Pump, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	p := &Pump{dev: d, sock: sock, log: o.Log, waker: w, requestSize: minRequest + headRoom + maxForgets, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{}),
+	p := &Pump{dev: d, sock: sock, log: o.Log, waker: w, requestSize: minRequest + headRoom + maxHeld, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{}),
 		traffic: &traffic{}, loop: &watchdog.Loop{}}
 	p.bulk.saves = splice.Saves(sock)
-	p.shortcuts = shortcuts{noFlush: o.NoFlush, locked: map[uint64]struct{}{}}
+	p.shortcuts = shortcuts{noFlush: o.NoFlush, locked: map[uint64]struct{}{}, releasing: map[uint64]struct{}{}}
 	return p, nil
 }
 
@@ -272,7 +274,7 @@ func (p *Pump) pump() error {
 			return err
 		}
 	}
-	held := 0 // bytes of FORGETs that wait at the beginning of buf
+	held := 0 // bytes of requests that wait at the beginning of buf
 	for {
 		if p.drains {
 			return p.drained(buf[:held])
@@ -283,7 +285,7 @@ func (p *Pump) pump() error {
 			timeout = pipeTime
 		}
 		if held > 0 {
-			timeout = forgetDelay
+			timeout = holdDelay
 		}
 		dev, sock, err := p.wait(unix.POLLIN, timeout)
 		if err == errDrained {
@@ -297,8 +299,8 @@ func (p *Pump) pump() error {
 				return err
 			}
 		}
-		if !dev && sock == 0 { // nothing came for the FORGETs to go with
-			if err := p.send(buf[:held]); err != nil {
+		if !dev && sock == 0 { // nothing came for them to go with
+			if err := p.sendHeld(buf[:held], held); err != nil {
 				return err
 			}
 			held = 0
@@ -355,8 +357,8 @@ func (p *Pump) wait(events int16, timeout int) (dev bool, sock int16, err error)
 
 // drained sends what was held back, and receives until nothing is missing or the time has come.
 func (p *Pump) drained(held []byte) error {
-	err := p.send(held)
-	for err == nil && p.shortcuts.atHost > 0 {
+	err := p.sendHeld(held, len(held))
+	for err == nil && p.shortcuts.unanswered() > 0 {
 		var ready int16
 		if _, ready, err = p.wait(unix.POLLIN, 0); err == nil && ready != 0 {
 			err = p.receive()
@@ -391,7 +393,7 @@ func (p *Pump) sendAgain() error {
 // errUnmounted ends pump in peace.
 var errUnmounted = errors.New("unmounted")
 
-// request reads one request, behind the held bytes of FORGETs in buf, and answers it, sends it to the host, or holds it
+// request reads one request, behind the held bytes of others in buf, and answers it, sends it to the host, or holds it
 // too. It returns how many bytes are held then, and whether another request is likely to be there already.
 func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error) {
 	n, piped, err := p.read(buf[held:])
@@ -414,26 +416,58 @@ func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error)
 	}
 	var h fuse.InHeader
 	body, _ := fuse.Decode(&h, msg) // it is long enough
-	p.traffic.begin(&h)
-	if rec := p.perf.Load(); rec != nil {
-		rec.start(h.Unique)
+	if held+n <= maxHeld && p.holds(&h, body) {
+		return held + n, true, nil
 	}
+	p.begins(&h)
 	if answer := p.shortcuts.request(&h, body); answer != nil {
 		p.traffic.answered.Add(1)
 		return held, true, p.write(answer)
 	}
-	switch h.Opcode {
-	case fuse.OpInit:
+	if h.Opcode == fuse.OpInit {
 		p.initRequest(msg)
-	case fuse.OpForget, fuse.OpBatchForget:
-		if held+n <= maxForgets {
-			return held + n, true, nil
-		}
 	}
-	if err := p.send(buf[:held+n]); err != nil || piped == 0 {
+	if err := p.sendHeld(buf[:held+n], held); err != nil || piped == 0 {
 		return 0, false, err
 	}
 	return 0, false, p.sendBy(piped, func(left int) (int, error) { return p.bulk.out.Give(p.sock, nil, left) })
+}
+
+// begins counts a request whose time begins.
+func (p *Pump) begins(h *fuse.InHeader) {
+	p.traffic.begin(h)
+	if rec := p.perf.Load(); rec != nil {
+		rec.start(h.Unique)
+	}
+}
+
+// holds tells whether a request is to be held back: FORGETs, and the RELEASE of a file that was open for reading and is not locked.
+func (p *Pump) holds(h *fuse.InHeader, body []byte) bool {
+	switch h.Opcode {
+	case fuse.OpForget, fuse.OpBatchForget:
+		return true
+	case fuse.OpRelease:
+		var in fuse.ReleaseIn
+		if _, ok := fuse.Decode(&in, body); !ok || in.Flags&unix.O_ACCMODE != unix.O_RDONLY || p.shortcuts.mayLock(h.NodeID) || p.releases == maxReleases {
+			return false
+		}
+		p.releases++
+		return true
+	}
+	return false
+}
+
+// sendHeld sends b, which begins with so many bytes of requests that were held back.
+func (p *Pump) sendHeld(b []byte, held int) error {
+	for at := 0; at < held; {
+		var h fuse.InHeader
+		body, _ := fuse.Decode(&h, b[at:])
+		p.begins(&h)
+		p.shortcuts.request(&h, body[:int(h.Len)-fuse.InHeaderSize]) // there is no answer to it here
+		at += int(h.Len)
+	}
+	p.releases = 0
+	return p.send(b)
 }
 
 // send writes all of b to the stream.
