@@ -63,7 +63,7 @@ test: lint ## unit tests, fuzz corpora, hostile peers, and the POSIX suites on r
 	@.ci/deps fuse3 acl attr gcc libc6-dev git rsync vim dbus-daemon systemd man-db
 	$(GO) test -timeout 15m ./...
 
-test-vm: ## mounts over real virtio-vsock, in a Debian VM (built and cached first); five to six minutes
+test-vm: ## mounts over real virtio-vsock, in a Debian VM (built and cached first); two to five minutes
 	@.ci/deps debootstrap e2fsprogs util-linux debian-archive-keyring git
 	$(GO) test -tags vm -count 1 -timeout 60m -parallel 4 -v $(VMTESTS) ./service/vmtest
 

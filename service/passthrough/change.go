@@ -170,6 +170,15 @@ func (fs *FS) Changed(changes []watch.Change) {
 	}
 }
 
+// tellWrittenBack has the guest's kernel ask for the times of a file whose pages it has written back, those of a mapping. After any other write it
+// takes no attributes from the reply to a request that began before it; after one of these it does, and would keep old times as long as they live.
+// With a writeback cache the times are its own.
+func (fs *FS) tellWrittenBack(n *node) {
+	if fs.c.Cache != CacheNone && !fs.c.Writeback {
+		fs.caching.add(change{op: watch.Attrib, node: n.id, quiet: true})
+	}
+}
+
 // idOf needs FS.mu.
 func (fs *FS) idOf(i watch.Inode) uint64 {
 	if n := fs.keys[key{i.Dev, i.Ino, fs.root.key.mnt}]; n != nil && i.Ino != 0 {

@@ -156,6 +156,9 @@ func opWrite(r *request) fuse.Errno {
 		return e
 	}
 	r.fs.reportFile(watch.Modify, h.node)
+	if in.WriteFlags&fuse.WRITE_CACHE != 0 {
+		r.fs.tellWrittenBack(h.node)
+	}
 	return reply(r, &fuse.WriteOut{Size: uint32(n)})
 }
 

@@ -376,3 +376,60 @@ func TestOrder(t *testing.T) {
 		}
 	}
 }
+
+const mappedEnv = "PASSTHROUGH_TEST_MAPPED"
+
+// TestMappedChild changes a byte of the mapped file that mappedEnv names, and writes it back when its input ends.
+func TestMappedChild(t *testing.T) {
+	name := os.Getenv(mappedEnv)
+	if name == "" {
+		t.Skip("another test runs this one, in a process of its own")
+	}
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	must(t, err)
+	b, err := unix.Mmap(int(f.Fd()), 0, 3, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	must(t, err)
+	b[0] = 'n'
+	os.Stdout.WriteString("mapped\n")
+	_, err = io.Copy(io.Discard, os.Stdin)
+	must(t, err)
+	must(t, unix.Msync(b, unix.MS_SYNC))
+}
+
+// What a reply tells of a file's times is not believed if the guest's kernel has written back pages of it since the host looked.
+func TestOrderOfMappedWrite(t *testing.T) {
+	for mode, name := range map[CacheMode]string{CacheAlways: "always", CacheCoherent: "coherent"} {
+		t.Run(name, func(t *testing.T) {
+			o := newOrdered(t, Config{Cache: mode})
+			must(t, os.WriteFile(filepath.Join(o.dir, "f"), []byte("old"), 0o644))
+			f := filepath.Join(o.mnt, "f")
+			changer := exec.Command("/proc/self/exe", "-test.run=^TestMappedChild$")
+			changer.Env = append(os.Environ(), mappedEnv+"="+f)
+			in, err := changer.StdinPipe()
+			must(t, err)
+			out, err := changer.StdoutPipe()
+			must(t, err)
+			must(t, changer.Start())
+			_, err = io.ReadFull(out, make([]byte, len("mapped\n")))
+			must(t, err)
+
+			o.hold(fuse.OpGetattr, false)
+			look := exec.Command("stat", "--cached=never", "-c", "%y", f)
+			must(t, look.Start())
+			o.await("the reply", func() bool { return len(o.replies) > 0 })
+			in.Close()
+			must(t, changer.Wait())
+			o.await("a notification", func() bool { return o.came > 0 && o.done == o.came })
+			o.hold(0, false)
+			must(t, look.Wait())
+			const times = "stat -c '%y %z' "
+			here, err := exec.Command("sh", "-c", times+filepath.Join(o.dir, "f")).Output()
+			must(t, err)
+			there, err := exec.Command("sh", "-c", times+f).Output()
+			must(t, err)
+			if string(here) != string(there) {
+				t.Errorf("the host's file has the times %s, and the guest's %s", here, there)
+			}
+		})
+	}
+}
