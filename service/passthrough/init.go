@@ -60,6 +60,9 @@ func opInit(r *request) fuse.Errno {
 		}
 		if r.fs.c.Writeback {
 			want |= fuse.WRITEBACK_CACHE
+			// With it the kernel forgets the size once more after OPEN, when somebody may have written already: the host has those
+			// data, and the guest would not see them (handle_truncate in fs/namei.c).
+			want &^= fuse.ATOMIC_O_TRUNC
 		}
 	}
 	if r.fs.c.Reread {
