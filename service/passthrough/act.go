@@ -539,7 +539,7 @@ func (x *acting) victim(r *request, dirID uint64, name cname) (*node, *unix.Stat
 	n.pins++
 	r.pinned[r.npinned] = n
 	r.npinned++
-	held := n.fd >= 0 || n.handle != nil
+	held := n.fd >= 0 || n.handle != ""
 	fs.mu.Unlock()
 	e = fs.stat(n, &st)
 	if n.typ == unix.S_IFDIR && (!held || e == 0 && st.Nlink > 0) {

@@ -371,7 +371,7 @@ func (fs *FS) renamed(k *change, early bool) {
 	fs.mu.Lock()
 	n, to := fs.nodes[k.node], fs.nodes[k.newDir]
 	since := n != nil && n.parent != nil && k.dir != 0 && (n.parent.id != k.dir || n.name != k.name)
-	if n != nil && n != fs.root && !since && !(early && n.handle != nil) && (n.parent != to || n.name != k.newName) {
+	if n != nil && n != fs.root && !since && !(early && n.handle != "") && (n.parent != to || n.name != k.newName) {
 		fs.move(n, to, k.newName)
 	}
 	fs.unlock()

@@ -90,6 +90,8 @@ type FS struct {
 	keys    map[key]*node
 	places  map[place]*node // who was seen there last
 	lastID  uint64
+	most    int         // nodes, since the maps of them were made
+	freeing *time.Timer // gives back memory; nil: it has never
 	handles map[uint64]*handle
 	lastFh  uint64
 	shared  shared
@@ -170,6 +172,9 @@ func (fs *FS) Close() error {
 	fs.second.close()
 	fs.mu.Lock()
 	fs.closed = true
+	if fs.freeing != nil {
+		fs.freeing.Stop()
+	}
 	for _, h := range fs.handles {
 		unix.Close(h.fd)
 		fs.giveFile()

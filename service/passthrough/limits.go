@@ -14,7 +14,7 @@ import (
 // Limits bound what one guest session may hold of its host. All mounts of the session share one.
 // A field that is 0 has its default. Set the fields before the first New; they are not changed afterwards.
 type Limits struct {
-	Nodes       int64 // inodes that the guest knows; 2 Mi (about 250 bytes each)
+	Nodes       int64 // inodes that the guest knows; 2 Mi (about 420 bytes each)
 	Files       int64 // open files, directories and lock owners; half of Descriptors
 	Descriptors int64 // descriptors, open files included; RLIMIT_NOFILE less 64
 	Bytes       int64 // of large requests and replies under way; 64 MiB

@@ -3,7 +3,10 @@
 package passthrough
 
 import (
+	"maps"
+	"runtime/debug"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -28,6 +31,8 @@ func btimeOf(st *unix.Statx_t) int64 {
 
 // node is an inode that the guest knows. What it was when it was found never changes: its key, birth time and type.
 //
+// There may be a million of them: the order of the fields is the one without holes between them.
+//
 // It is reached by its descriptor, or, where it has none, opened again: by name in its parent, or by file handle. What
 // was opened is compared with what it was; another inode under that name is ESTALE.
 type node struct {
@@ -35,28 +40,29 @@ type node struct {
 	id    uint64
 	key   key
 	btime int64
-	typ   uint32 // S_IFMT bits of the mode
 	ino   uint64 // for the guest
 
 	stamp   atomic.Uint64 // of its data, when the guest last opened it; 0: it has not
 	watched atomic.Uint64 // with Config.Dirs, of a directory: its place among those that were watched; 0: it is not
 	told    atomic.Uint64 // with Config.Dirs: stamp of what the guest was told for long; 0: it asks before it believes that again
 
+	typ uint32 // S_IFMT bits of the mode
+
 	// Guarded by FS.mu.
 
+	pins    int32         // requests under way and open handles: the descriptor stays
+	kids    int32         // nodes whose parent is this one
+	removed bool          // by the guest, with a descriptor kept for it, or last
+	used    bool          // in FS.lru
+	adrift  bool          // with Config.Dirs: the host has taken it away from where it was last seen
 	nlookup uint64        // references of the guest's kernel
-	pins    int           // requests under way and open handles: the descriptor stays
-	kids    int           // nodes whose parent is this one
 	parent  *node         // with name, where it was last seen; nil when it is gone from there
 	name    string        //
 	fd      int           // O_PATH, or -1
-	handle  []byte        // its file handle, taken when the descriptor was closed
+	handle  string        // its file handle, taken when the descriptor was closed; "": none
 	opens   []*handle     // of the guest
-	removed bool          // by the guest, with a descriptor kept for it, or last
 	last    *unix.Statx_t // what it was when it was removed, if nothing else of it is left
-	used    bool          // in FS.lru
 	before  *node         // that had its place, FS.places, before it
-	adrift  bool          // with Config.Dirs: the host has taken it away from where it was last seen
 
 	next, prev *node
 }
@@ -92,6 +98,7 @@ func (fs *FS) enter(parent *node, name cname, st *unix.Statx_t) (*node, fuse.Err
 		fs.lastID++
 		n = &node{fs: fs, id: fs.lastID, key: k, btime: btime, typ: typ, ino: fs.guestIno(k), fd: -1}
 		fs.nodes[n.id] = n
+		fs.most = max(fs.most, len(fs.nodes))
 		if !newer {
 			fs.keys[k] = n // what changes is told of this one
 		}
@@ -180,6 +187,36 @@ func (fs *FS) unref(n *node) {
 		}
 		n = parent
 	}
+	fs.shrink()
+}
+
+const (
+	// shrinkFrom is from how many nodes on their memory is given back.
+	shrinkFrom = 8192
+	// shrinkWait is for how long the guest may go on forgetting first.
+	shrinkWait = time.Second
+)
+
+// shrink gives back memory when there are far fewer nodes than there were: a map keeps what it had, and the runtime what it does not
+// use, for minutes. It needs FS.mu.
+func (fs *FS) shrink() {
+	if fs.most < shrinkFrom || len(fs.nodes) > fs.most/8 {
+		return
+	}
+	fs.most = len(fs.nodes)
+	fs.nodes, fs.keys, fs.places = smaller(fs.nodes), smaller(fs.keys), smaller(fs.places)
+	if fs.freeing == nil {
+		fs.freeing = time.AfterFunc(shrinkWait, debug.FreeOSMemory)
+	} else {
+		fs.freeing.Reset(shrinkWait)
+	}
+}
+
+// smaller is m in as little memory as it needs, which maps.Clone does not see to.
+func smaller[K comparable, V any](m map[K]V) map[K]V {
+	n := make(map[K]V, len(m))
+	maps.Copy(n, m)
+	return n
 }
 
 // known finds the node of what st describes, if the guest has it, and pins it for the request.

@@ -16,7 +16,7 @@ const maxDepth = 2048
 func (n *node) path() (int, fuse.Errno) { return n.fs.path(n, maxDepth, 0) }
 
 // path adds pins to those of n when it succeeds; before, n need only exist.
-func (fs *FS) path(n *node, depth, pins int) (int, fuse.Errno) {
+func (fs *FS) path(n *node, depth int, pins int32) (int, fuse.Errno) {
 	fs.mu.Lock()
 	if n.fd >= 0 {
 		fd := n.fd
@@ -74,7 +74,7 @@ func (fs *FS) reach(n *node, depth int) (int, fuse.Errno) {
 		fs.unlock()
 		return fd, e
 	}
-	pinned := 0
+	var pinned int32
 	if parent != nil {
 		defer func() {
 			fs.mu.Lock()
@@ -84,7 +84,7 @@ func (fs *FS) reach(n *node, depth int) (int, fuse.Errno) {
 			fs.unlock()
 		}()
 	}
-	if fh != nil {
+	if fh != "" {
 		fd, e := fs.counted(func() (int, fuse.Errno) { return n.verified(fs.openHandle(fh)) })
 		if e == 0 || parent == nil {
 			return fd, e
@@ -142,7 +142,7 @@ func (fs *FS) stat(n *node, st *unix.Statx_t) fuse.Errno {
 		fs.mu.Unlock()
 		return 0
 	}
-	byName := fd < 0 && parent != nil && n.handle == nil && len(n.opens) == 0
+	byName := fd < 0 && parent != nil && n.handle == "" && len(n.opens) == 0
 	if byName {
 		parent.pins++
 	}
@@ -216,7 +216,7 @@ func (fs *FS) reachable(n *node) bool {
 		return false // without a name it may live by our descriptor alone
 	}
 	if fs.byHandle && n.key.mnt == fs.root.key.mnt {
-		if n.handle == nil {
+		if n.handle == "" {
 			n.handle = handleOf(n.fd)
 		}
 	}
@@ -232,7 +232,7 @@ func (fs *FS) probeHandles() {
 	}
 	fs.mountFD = fd
 	h := handleOf(fs.root.fd)
-	if h == nil {
+	if h == "" {
 		return
 	}
 	if fd, e := fs.openHandle(h); e == 0 {
@@ -241,19 +241,19 @@ func (fs *FS) probeHandles() {
 	}
 }
 
-// handleOf is the file handle of fd: its type in four bytes, then its bytes; nil if it has none.
-func handleOf(fd int) []byte {
+// handleOf is the file handle of fd: its type in four bytes, then its bytes; "" if it has none.
+func handleOf(fd int) string {
 	h, _, err := unix.NameToHandleAt(fd, "", unix.AT_EMPTY_PATH)
 	if err != nil {
-		return nil
+		return ""
 	}
 	t := uint32(h.Type())
-	return append([]byte{byte(t), byte(t >> 8), byte(t >> 16), byte(t >> 24)}, h.Bytes()...)
+	return string([]byte{byte(t), byte(t >> 8), byte(t >> 16), byte(t >> 24)}) + string(h.Bytes())
 }
 
-func (fs *FS) openHandle(h []byte) (int, fuse.Errno) {
+func (fs *FS) openHandle(h string) (int, fuse.Errno) {
 	t := int32(uint32(h[0]) | uint32(h[1])<<8 | uint32(h[2])<<16 | uint32(h[3])<<24)
-	fd, err := unix.OpenByHandleAt(fs.mountFD, unix.NewFileHandle(t, h[4:]), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
+	fd, err := unix.OpenByHandleAt(fs.mountFD, unix.NewFileHandle(t, []byte(h[4:])), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
 	if err != nil {
 		return -1, errnoOf(err)
 	}
