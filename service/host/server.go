@@ -103,9 +103,11 @@ const (
 )
 
 // Limits of a worker. Its memory is for the bytes of requests in flight and
-// the nodes that the guest's kernel knows.
+// the nodes that the guest's kernel knows: 1,000,000 of them take about 420 MB. The
+// soft limit is below 1 GiB, and above what most nodes take (passthrough.Limits), or the
+// collector would never rest.
 const (
-	workerSoftMemory = 256 << 20
+	workerSoftMemory = 896 << 20
 	workerHardMemory = 2 << 30
 	workerFiles      = 1 << 20
 )
