@@ -15,7 +15,7 @@ import (
 	"transfused.org/transfused/service/fstest"
 )
 
-var smallScale = scale{Getattrs: 20, Reads: 20, Stats: 120, Creates: 20, Copies: 60, Repo: 60, Sequential: 2}
+var smallScale = scale{Getattrs: 20, Reads: 20, Stats: 120, Creates: 20, Copies: 60, Repo: 60, Small: 50, Sources: 2, Sequential: 2}
 
 // TestMeasure runs every case at a small scale on what needs no server, and
 // checks that nothing is left.
@@ -41,7 +41,7 @@ func TestFloor(t *testing.T) {
 		t.Fatal("this test mounts: run it as root")
 	}
 	c := config{Dir: t.TempDir(), Cases: caseNames(), Peers: []string{cServer, cFloor}, Runs: 2, Scale: smallScale}
-	if err := requirements(c.Peers); err != nil {
+	if err := requirements(c); err != nil {
 		t.Fatal(err)
 	}
 	if err := buildFloor(t.Context(), c.Dir); err != nil {
@@ -53,7 +53,10 @@ func TestFloor(t *testing.T) {
 // measureSmall makes the tree and measures all that c says, of which every case must have its figures.
 func measureSmall(t *testing.T, c config) {
 	t.Helper()
-	if err := makeTree(t.Context(), c.Dir, c.Scale); err != nil {
+	if err := makeLocal(c.Dir, c.Scale); err != nil {
+		t.Fatal(err)
+	}
+	if err := makeTree(t.Context(), filepath.Join(c.Dir, "tree"), c.Scale); err != nil {
 		t.Fatal(err)
 	}
 	res, err := measureAll(t.Context(), free, c)

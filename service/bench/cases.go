@@ -35,23 +35,25 @@ const (
 type bench struct {
 	name, what string
 	unit       unit
-	cold       bool // a new mount for each round
-	maxRuns    int  // 0: no limit
 	run        func(ctx context.Context, p *peer, round int) (float64, error)
+	cold       bool     // a new mount for each round
+	maxRuns    int      // 0: no limit
+	needs      []string // programs
+	in         string   // what of the tree it needs, if that may be missing
 }
 
 // cases: those with a new mount come first, so that the processes that are
 // looked at for their memory at the end have had all other loads.
 var cases = []bench{
-	{"coldstat", "stat of each of 2,000 files, new mount", micros, true, 0, coldStat},
-	{"gitstatus", "git status, 3,000 files, new mount", seconds, true, 0, gitStatus},
-	{"getattr", "statx AT_STATX_FORCE_SYNC", micros, false, 0, getattr},
-	{"read4k", "random 4 KiB read, O_DIRECT", micros, false, 0, read4k},
-	{"create", "open(O_CREAT|O_EXCL) and close", micros, false, 0, create},
-	{"unlink", "unlink of these", micros, false, 0, unlink},
-	{"cp", "cp -a of 2,000 files", seconds, false, 3, copyFiles},
-	{"seqwrite", "write 1 GiB in blocks of 1 MiB", rate, false, 3, seqWrite},
-	{"seqread", "read 1 GiB in blocks of 1 MiB, cold", rate, false, 3, seqRead},
+	{name: "coldstat", what: "stat of each file of a tree, cold", unit: micros, run: coldStat, cold: true},
+	{name: "gitstatus", what: "git status, cold", unit: seconds, run: gitStatus, cold: true, needs: []string{"git"}, in: "repo"},
+	{name: "getattr", what: "statx AT_STATX_FORCE_SYNC", unit: micros, run: getattr},
+	{name: "read4k", what: "random 4 KiB read, O_DIRECT", unit: micros, run: read4k},
+	{name: "create", what: "open(O_CREAT|O_EXCL) and close", unit: micros, run: create},
+	{name: "unlink", what: "unlink of these", unit: micros, run: unlink},
+	{name: "cp", what: "cp -a of a tree into it", unit: seconds, run: copyFiles, maxRuns: 3, needs: []string{"cp"}},
+	{name: "seqwrite", what: "write in blocks of 1 MiB", unit: rate, run: seqWrite, maxRuns: 3},
+	{name: "seqread", what: "read in blocks of 1 MiB, cold", unit: rate, run: seqRead, maxRuns: 3},
 }
 
 func caseNames() (names []string) {
@@ -78,6 +80,10 @@ func measureAll(ctx context.Context, mode string, c config) (res *modeResult, er
 	for _, name := range c.Peers {
 		p := newPeer(name, c)
 		defer func() { err = errors.Join(err, p.unmount()) }()
+		if p.theirs {
+			// As if we had not been there.
+			defer func() { err = errors.Join(err, os.RemoveAll(filepath.Join(p.dir, "scratch-"+p.name))) }()
+		}
 		if err := p.mount(ctx); err != nil {
 			return nil, err
 		}
@@ -93,7 +99,7 @@ func measureAll(ctx context.Context, mode string, c config) (res *modeResult, er
 				if err := p.remount(ctx); err != nil {
 					return nil, err
 				}
-				if p.name == ours {
+				if p.name == ours && !p.theirs {
 					res.Idle = p.memory()
 				}
 			}

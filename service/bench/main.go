@@ -28,6 +28,7 @@ type config struct {
 	Dir   string   // where everything is made, on tmpfs
 	Cases []string // by name, in order
 	Peers []string
+	Dirs  map[string]string // of peers that somebody else has mounted
 	Runs  int
 	Scale scale
 }
@@ -60,30 +61,49 @@ func run(ctx context.Context) error {
 	runs := flag.Int("runs", 5, "rounds of each case; large transfers take 3 at most")
 	cases := flag.String("cases", "", "comma-separated `cases`; default: all of "+strings.Join(caseNames(), ","))
 	peers := flag.String("peers", strings.Join(peerNames, ","), "comma-separated `peers` to measure")
+	dirs := flag.String("dirs", "", "measure these, comma-separated `NAME=DIR`, which are mounted already and show what -make-tree makes, instead of peers")
+	treeDir := flag.String("make-tree", "", "make the tree in this `directory`, and end")
+	scaleName := flag.String("scale", "full", "how much each case does: `small or full`")
 	jsonFile := flag.String("json", "", "write the figures to this `file`, too")
 	markdownFile := flag.String("md", "", "write the tables to this `file`, too")
 	check := flag.Bool("check", false, "exit with 1 when a floor is missed")
 	flag.Parse()
 
-	c := config{Bin: *bin, Runs: *runs, Scale: fullScale, Cases: caseNames()}
-	if *cases != "" {
-		c.Cases = strings.Split(*cases, ",")
+	c := config{Bin: *bin, Runs: *runs}
+	var ok bool
+	if c.Scale, ok = scales[*scaleName]; !ok {
+		return fmt.Errorf("-scale: small or full, not %q", *scaleName)
 	}
-	c.Peers = strings.Split(*peers, ",")
-	for _, name := range c.Cases {
-		if !slices.Contains(caseNames(), name) {
-			return fmt.Errorf("-cases: there is no %q: choose from %s", name, strings.Join(caseNames(), ","))
-		}
-	}
-	for _, name := range c.Peers {
-		if !slices.Contains(peerNames, name) {
-			return fmt.Errorf("-peers: there is no %q: choose from %s", name, strings.Join(peerNames, ","))
-		}
+	if *treeDir != "" {
+		return makeTree(ctx, *treeDir, c.Scale)
 	}
 	if *runs < 1 {
 		return errors.New("-runs: at least 1")
 	}
-	if err := requirements(c.Peers); err != nil {
+	var err error
+	if *dirs != "" {
+		c.Peers, c.Dirs, err = parseDirs(*dirs)
+	} else {
+		c.Peers, err = choose("-peers", *peers, peerNames)
+	}
+	if err != nil {
+		return err
+	}
+	modes := []string{onOneCPU, free}
+	if *cases != "" {
+		if c.Cases, err = choose("-cases", *cases, caseNames()); err != nil {
+			return err
+		}
+	} else {
+		c.Cases = caseNames()
+	}
+	if c.Dirs != nil {
+		modes = []string{free} // their servers are where they are
+		if *cases == "" {
+			c.Cases = able(c)
+		}
+	}
+	if err := requirements(c); err != nil {
 		return err
 	}
 	work, err := os.MkdirTemp(*dir, "transfused-bench.")
@@ -92,22 +112,27 @@ func run(ctx context.Context) error {
 	}
 	defer os.RemoveAll(work)
 	c.Dir = work
-	if c.Bin == "" && slices.Contains(c.Peers, ours) {
+	if c.Dirs == nil && c.Bin == "" && slices.Contains(c.Peers, ours) {
 		c.Bin = filepath.Join(work, "bin")
 		if err := build(ctx, c.Bin); err != nil {
 			return err
 		}
 	}
-	if slices.Contains(c.Peers, cServer) || slices.Contains(c.Peers, cFloor) {
+	if c.Dirs == nil && (slices.Contains(c.Peers, cServer) || slices.Contains(c.Peers, cFloor)) {
 		if err := buildFloor(ctx, work); err != nil {
 			return err
 		}
 	}
-	fmt.Fprintln(os.Stderr, "making the tree")
-	if err := makeTree(ctx, c.Dir, c.Scale); err != nil {
-		return fmt.Errorf("make the tree: %w", err)
+	if err := makeLocal(c.Dir, c.Scale); err != nil {
+		return err
 	}
-	if slices.Contains(c.Peers, ours) {
+	if c.Dirs == nil {
+		fmt.Fprintln(os.Stderr, "making the tree")
+		if err := makeTree(ctx, filepath.Join(c.Dir, "tree"), c.Scale); err != nil {
+			return fmt.Errorf("make the tree: %w", err)
+		}
+	}
+	if c.Dirs == nil && slices.Contains(c.Peers, ours) {
 		undo, err := copyForOurs(ctx, c.Dir)
 		if err != nil {
 			return fmt.Errorf("copy the tree: %w", err)
@@ -116,7 +141,7 @@ func run(ctx context.Context) error {
 	}
 
 	r := report{Host: machine(), Peers: c.Peers}
-	for _, mode := range []string{onOneCPU, free} {
+	for _, mode := range modes {
 		res, err := measure(ctx, mode, c)
 		if err != nil {
 			return err
@@ -174,32 +199,97 @@ func buildFloor(ctx context.Context, dir string) error {
 	return nil
 }
 
+// choose splits a list of names, of which all must be known.
+func choose(option, list string, known []string) ([]string, error) {
+	names := strings.Split(list, ",")
+	for _, name := range names {
+		if !slices.Contains(known, name) {
+			return nil, fmt.Errorf("%s: there is no %q: choose from %s", option, name, strings.Join(known, ","))
+		}
+	}
+	return names, nil
+}
+
+// parseDirs reads NAME=DIR,….
+func parseDirs(list string) (names []string, dirs map[string]string, err error) {
+	dirs = map[string]string{}
+	for _, one := range strings.Split(list, ",") {
+		name, dir, _ := strings.Cut(one, "=")
+		if name == "" || dir == "" || dirs[name] != "" || strings.Contains(name, "/") {
+			return nil, nil, fmt.Errorf("-dirs: %q is not NAME=DIR with a name of its own", one)
+		}
+		names, dirs[name] = append(names, name), dir
+	}
+	return names, dirs, nil
+}
+
+// packagesOf are the Debian packages of programs that cases and peers need.
+var packagesOf = map[string]string{
+	"git": "git", "cp": "coreutils", "ls": "coreutils", "find": "findutils", "tar": "tar", "make": "make", "gcc": "gcc libc6-dev",
+	"bindfs": "bindfs", "sshfs": "sshfs", sftpServer: "openssh-sftp-server", "fusermount3": "fuse3",
+}
+
+func absent(program string) bool {
+	_, err := exec.LookPath(program)
+	return err != nil
+}
+
+// able are the cases whose programs, and part of the tree, are there.
+func able(c config) (names []string) {
+	for _, b := range cases {
+		why := ""
+		for _, program := range b.needs {
+			if absent(program) {
+				why = "there is no program " + program
+			}
+		}
+		for _, dir := range c.Dirs {
+			if _, err := os.Stat(filepath.Join(dir, b.in)); err != nil {
+				why = err.Error()
+			}
+		}
+		if why != "" {
+			fmt.Fprintf(os.Stderr, "without %s: %s\n", b.name, why)
+			continue
+		}
+		names = append(names, b.name)
+	}
+	return names
+}
+
 // requirements says what is to be installed.
-func requirements(peers []string) error {
-	need := map[string]string{"fusermount3": "fuse3", "git": "git", "cp": "coreutils"}
-	if slices.Contains(peers, "bindfs") {
-		need["bindfs"] = "bindfs"
+func requirements(c config) error {
+	var need []string
+	for _, b := range wanted(c) {
+		need = append(need, b.needs...)
 	}
-	if slices.Contains(peers, "sshfs") || slices.Contains(peers, lax) {
-		need["sshfs"], need[sftpServer] = "sshfs", "openssh-sftp-server"
-	}
-	if slices.Contains(peers, cServer) || slices.Contains(peers, cFloor) {
-		need["gcc"] = "gcc libc6-dev"
-		if os.Geteuid() != 0 {
-			return fmt.Errorf("%s and %s mount by themselves: run this as root, or choose others by -peers", cServer, cFloor)
+	if c.Dirs == nil {
+		need = append(need, "fusermount3", "git", "cp") // the tree has a repository, and is copied
+		for _, p := range c.Peers {
+			switch p {
+			case "bindfs":
+				need = append(need, p)
+			case "sshfs", lax:
+				need = append(need, "sshfs", sftpServer)
+			case cServer, cFloor:
+				need = append(need, "gcc")
+				if os.Geteuid() != 0 {
+					return fmt.Errorf("%s and %s mount by themselves: run this as root, or choose others by -peers", cServer, cFloor)
+				}
+			}
 		}
 	}
 	var missing []string
-	for program, pkg := range need {
-		if _, err := exec.LookPath(program); err != nil {
-			missing = append(missing, pkg)
+	for _, program := range need {
+		if absent(program) {
+			missing = append(missing, packagesOf[program])
 		}
 	}
 	if len(missing) == 0 {
 		return nil
 	}
 	slices.Sort(missing)
-	return fmt.Errorf("programs are missing, install them: apt-get install -y %s", strings.Join(missing, " "))
+	return fmt.Errorf("programs are missing, install them: apt-get install -y %s", strings.Join(slices.Compact(missing), " "))
 }
 
 // measure runs this program again in the given mode and returns its figures.

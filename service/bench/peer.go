@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -25,6 +27,8 @@ const (
 	sftpServer = "/usr/lib/openssh/sftp-server"
 
 	patience = 10 * time.Second // for a mount to come or a process to end
+
+	forgetting = 300 * time.Millisecond // for the servers to hear what the kernel has let go of
 )
 
 // peerNames in the order of the table: ours last.
@@ -32,11 +36,12 @@ var peerNames = []string{bare, cServer, "bindfs", cFloor, lax, "sshfs", ours}
 
 // peer is one way to see the tree, at dir. A mount is there from mount to unmount.
 type peer struct {
-	name  string
-	c     config
-	src   string // the tree
-	dir   string // where the peer shows it
-	procs []*process
+	name   string
+	c      config
+	src    string // the tree
+	dir    string // where the peer shows it
+	theirs bool   // somebody else has mounted it
+	procs  []*process
 }
 
 // process is a server that was started, with what it said.
@@ -49,6 +54,10 @@ type process struct {
 
 func newPeer(name string, c config) *peer {
 	p := &peer{name: name, c: c, src: filepath.Join(c.Dir, "tree"), dir: filepath.Join(c.Dir, "mnt-"+name)}
+	if dir, ok := c.Dirs[name]; ok {
+		p.dir, p.theirs = dir, true
+		return p
+	}
 	switch name {
 	case bare:
 		p.dir = p.src
@@ -87,6 +96,9 @@ func (p *peer) commands() [][]string {
 
 // mount starts the peer and waits for its mount.
 func (p *peer) mount(ctx context.Context) error {
+	if p.theirs {
+		return checkTree(p.dir, p.c.Scale)
+	}
 	if p.name == bare {
 		return nil
 	}
@@ -166,8 +178,16 @@ func (p *peer) unmount() error {
 // detach takes a mount away whose server is no more; there may be none.
 func detach(dir string) { exec.Command("fusermount3", "-u", "-z", dir).Run() }
 
-// remount makes every cache of the mount cold.
+// remount makes every cache of the mount cold. Of a mount that is not ours to make these are the names and attributes that the kernel lets go of.
 func (p *peer) remount(ctx context.Context) error {
+	if p.theirs {
+		unix.Sync() // what is not written is not let go of
+		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0); err != nil {
+			return err
+		}
+		time.Sleep(forgetting)
+		return nil
+	}
 	if err := p.unmount(); err != nil {
 		return err
 	}

@@ -173,7 +173,11 @@ func table(w io.Writer, lines [][]string) {
 // markdown prints lines as a table of Markdown.
 func markdown(w io.Writer, lines [][]string) {
 	for i, l := range lines {
-		fmt.Fprintf(w, "| %s |\n", strings.Join(l, " | "))
+		fmt.Fprint(w, "|")
+		for _, cell := range l {
+			fmt.Fprintf(w, " %s |", strings.ReplaceAll(cell, "|", `\|`))
+		}
+		fmt.Fprintln(w)
 		if i == 0 {
 			fmt.Fprintf(w, "|%s\n", strings.Repeat(" --- |", len(l)))
 		}
