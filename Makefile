@@ -76,7 +76,7 @@ soak: ## host and guests change one tree at random in six modes, SOAK (5m) each,
 	@.ci/deps fuse3 gcc libc6-dev
 	TRANSFUSED_SOAK=$(SOAK) TRANSFUSED_RACE=1 $(GO) test -count 1 -timeout 0 -v -run '^TestSoak$$' ./service/e2e
 
-bench: ## time transfused, bindfs, sshfs and a floor in C side by side on one tree
+bench: ## time transfused, bindfs, sshfs, go-fuse and a floor in C side by side on one tree, and judge it
 	@.ci/deps fuse3 bindfs sshfs openssh-sftp-server gcc libc6-dev git
 	$(GO) run ./service/bench -check
 

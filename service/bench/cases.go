@@ -9,17 +9,11 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
-)
-
-const (
-	onOneCPU = "one CPU"
-	free     = "free"
 )
 
 // unit says how a figure is to be read.
@@ -33,27 +27,47 @@ const (
 
 // bench is one case.
 type bench struct {
-	name, what string
-	unit       unit
-	run        func(ctx context.Context, p *peer, round int) (float64, error)
-	cold       bool     // a new mount for each round
-	maxRuns    int      // 0: no limit
-	needs      []string // programs
-	in         string   // what of the tree it needs, if that may be missing
+	name, group, what string
+	unit              unit
+	run               func(ctx context.Context, p *peer, round int, m *meter) error
+	cold              bool     // a new mount for each round
+	warm              bool     // done before each round, too, and more than a second before it
+	maxRuns           int      // 0: no limit
+	needs             []string // programs
+	in                string   // what of the tree it needs, if that may be missing
 }
 
 // cases: those with a new mount come first, so that the processes that are
 // looked at for their memory at the end have had all other loads.
 var cases = []bench{
-	{name: "coldstat", what: "stat of each file of a tree, cold", unit: micros, run: coldStat, cold: true},
-	{name: "gitstatus", what: "git status, cold", unit: seconds, run: gitStatus, cold: true, needs: []string{"git"}, in: "repo"},
-	{name: "getattr", what: "statx AT_STATX_FORCE_SYNC", unit: micros, run: getattr},
-	{name: "read4k", what: "random 4 KiB read, O_DIRECT", unit: micros, run: read4k},
-	{name: "create", what: "open(O_CREAT|O_EXCL) and close", unit: micros, run: create},
-	{name: "unlink", what: "unlink of these", unit: micros, run: unlink},
-	{name: "cp", what: "cp -a of a tree into it", unit: seconds, run: copyFiles, maxRuns: 3, needs: []string{"cp"}},
-	{name: "seqwrite", what: "write in blocks of 1 MiB", unit: rate, run: seqWrite, maxRuns: 3},
-	{name: "seqread", what: "read in blocks of 1 MiB, cold", unit: rate, run: seqRead, maxRuns: 3},
+	{name: "coldstat", group: "cold", what: "stat of each file of a tree, cold", unit: micros, run: coldStat(1), cold: true},
+	{name: "coldstat8", group: "threads", what: "the same by 8 threads", unit: micros, run: coldStat(8), cold: true},
+	{name: "coldstat64", group: "threads", what: "the same by 64 threads", unit: micros, run: coldStat(64), cold: true, maxRuns: 3},
+	{name: "find", group: "cold", what: "find over a tree of packages, cold", unit: seconds, run: find, cold: true, needs: []string{"find"}},
+	{name: "lslR", group: "cold", what: "ls -lR of it, cold", unit: seconds, run: list, cold: true, needs: []string{"ls"}},
+	{name: "tar", group: "cold", what: "tar -c of it, cold", unit: seconds, run: tarUp, cold: true, maxRuns: 3, needs: []string{"tar"}},
+	{name: "gitstatus", group: "cold", what: "git status, cold", unit: seconds, run: gitStatus, cold: true, needs: []string{"git"}, in: "repo"},
+
+	{name: "warmstat", group: "warm", what: "stat of each file of a tree, warm", unit: micros, run: warmStat(1), warm: true},
+	{name: "warmstat8", group: "threads", what: "the same by 8 threads", unit: micros, run: warmStat(8), warm: true, maxRuns: 3},
+	{name: "warmstat64", group: "threads", what: "the same by 64 threads", unit: micros, run: warmStat(64), warm: true, maxRuns: 3},
+	{name: "warmgit", group: "warm", what: "git status, warm", unit: seconds, run: gitStatus, warm: true, needs: []string{"git"}, in: "repo"},
+
+	{name: "getattr", group: "calls", what: "statx AT_STATX_FORCE_SYNC", unit: micros, run: getattr},
+	{name: "read4k", group: "calls", what: "random 4 KiB read, O_DIRECT", unit: micros, run: read4k(1)},
+	{name: "read4k8", group: "threads", what: "the same by 8 threads", unit: micros, run: read4k(8)},
+	{name: "read4k64", group: "threads", what: "the same by 64 threads", unit: micros, run: read4k(64), maxRuns: 3},
+	{name: "randwrite4k", group: "calls", what: "random 4 KiB write, O_DIRECT", unit: micros, run: randWrite},
+	{name: "create", group: "calls", what: "open(O_CREAT|O_EXCL) and close", unit: micros, run: create},
+	{name: "unlink", group: "calls", what: "unlink of these", unit: micros, run: unlink},
+	{name: "fsmark", group: "calls", what: "create, write 4 KiB, fsync, close", unit: micros, run: fsMark},
+	{name: "mdtest", group: "calls", what: "mkdir, stat and rmdir", unit: micros, run: mdTest},
+
+	{name: "cp", group: "programs", what: "cp -a of a tree into it", unit: seconds, run: copyFiles, maxRuns: 3, needs: []string{"cp"}},
+	{name: "untar", group: "programs", what: "tar -x of the tree of packages", unit: seconds, run: untar, maxRuns: 3, needs: []string{"tar"}},
+	{name: "build", group: "programs", what: "tar -x of a small program in C, make", unit: seconds, run: compile, maxRuns: 3, needs: []string{"tar", "make", "gcc"}},
+	{name: "seqwrite", group: "sequential", what: "write in blocks of 1 MiB", unit: rate, run: seqWrite, maxRuns: 3},
+	{name: "seqread", group: "sequential", what: "read in blocks of 1 MiB, cold", unit: rate, run: seqRead, maxRuns: 3},
 }
 
 func caseNames() (names []string) {
@@ -63,140 +77,106 @@ func caseNames() (names []string) {
 	return names
 }
 
+// groupNames are the names by which -cases takes several.
+func groupNames() (names []string) {
+	for _, b := range cases {
+		if !slices.Contains(names, b.group) {
+			names = append(names, b.group)
+		}
+	}
+	return names
+}
+
+// wanted are the cases that c names, or whose group it names.
 func wanted(c config) (all []bench) {
 	for _, b := range cases {
-		for _, name := range c.Cases {
-			if b.name == name {
-				all = append(all, b)
-			}
+		if slices.Contains(c.Cases, b.name) || slices.Contains(c.Cases, b.group) {
+			all = append(all, b)
 		}
 	}
 	return all
 }
 
-// measureAll runs all cases on all peers.
-func measureAll(ctx context.Context, mode string, c config) (res *modeResult, err error) {
-	var peers []*peer
-	for _, name := range c.Peers {
-		p := newPeer(name, c)
-		defer func() { err = errors.Join(err, p.unmount()) }()
-		if p.theirs {
-			// As if we had not been there.
-			defer func() { err = errors.Join(err, os.RemoveAll(filepath.Join(p.dir, "scratch-"+p.name))) }()
-		}
-		if err := p.mount(ctx); err != nil {
-			return nil, err
-		}
-		peers = append(peers, p)
-	}
-	res = &modeResult{Mode: mode}
-	warm := false
-	for _, b := range wanted(c) {
-		if !b.cold && !warm {
-			// The memory of fresh processes, before any load.
-			warm = true
-			for _, p := range peers {
-				if err := p.remount(ctx); err != nil {
-					return nil, err
-				}
-				if p.name == ours && !p.theirs {
-					res.Idle = p.memory()
-				}
-			}
-		}
-		row := row{Case: b.name, What: b.what, Unit: b.unit, Rounds: map[string][]float64{}}
-		runs := c.Runs
-		if b.maxRuns > 0 {
-			runs = min(runs, b.maxRuns)
-		}
-		for round := range runs {
-			for _, p := range peers {
-				if b.cold {
-					if err := p.remount(ctx); err != nil {
-						return nil, err
-					}
-				}
-				if err := ctx.Err(); err != nil {
-					return nil, err
-				}
-				run := func() (float64, error) { return b.run(ctx, p, round) }
-				if b.unit == micros {
-					inner := run
-					run = func() (float64, error) { return undisturbed(inner) }
-				}
-				v, err := run()
-				if err != nil {
-					return nil, fmt.Errorf("%s on %s: %w", b.name, p.name, err)
-				}
-				row.Rounds[p.name] = append(row.Rounds[p.name], v)
-			}
-		}
-		fmt.Fprintf(os.Stderr, "%s: %s\n", mode, row.line(c.Peers))
-		res.Rows = append(res.Rows, row)
-	}
-	for _, p := range peers {
-		if p.name == ours {
-			res.Loaded = p.memory()
-		}
-	}
-	return res, nil
-}
-
-// each returns the time of one of n calls, in microseconds.
-func each(start time.Time, n int) float64 {
-	return float64(time.Since(start).Nanoseconds()) / 1e3 / float64(n)
-}
-
-func getattr(_ context.Context, p *peer, _ int) (float64, error) {
+func getattr(_ context.Context, p *peer, _ int, m *meter) error {
 	fd, err := unix.Open(filepath.Join(p.dir, "big"), unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer unix.Close(fd)
 	var st unix.Statx_t
 	var empty byte
-	call := func(n int) error {
-		for range n {
-			if err := rawStatx(fd, &empty, unix.AT_EMPTY_PATH|unix.AT_STATX_FORCE_SYNC, &st); err != nil {
-				return err
-			}
-		}
-		return nil
+	call := func(_, _ int) error {
+		return rawStatx(fd, &empty, unix.AT_EMPTY_PATH|unix.AT_STATX_FORCE_SYNC, &st)
 	}
 	n := p.c.Scale.Getattrs
-	if err := call(n / 10); err != nil {
-		return 0, err
+	if err := (&meter{p: p}).each(1, n/10, call); err != nil {
+		return err
 	}
-	start := time.Now()
-	err = call(n)
-	return each(start, n), err
+	return m.each(1, n, call)
 }
 
-func read4k(_ context.Context, p *peer, round int) (float64, error) {
-	fd, err := unix.Open(filepath.Join(p.dir, "big"), unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return 0, err
+// pageBuffer is a page, as O_DIRECT wants it.
+func pageBuffer() ([]byte, error) {
+	return unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+}
+
+// randomPages calls call with a page of a file of mebibytes, by so many threads, which each have a buffer. The places are the same for all peers.
+func randomPages(p *peer, m *meter, threads, mebibytes, round int, call func(buf []byte, offset int64) (int, error)) error {
+	var bufs [][]byte
+	var places []*rand.Rand
+	for t := range threads {
+		buf, err := pageBuffer()
+		if err != nil {
+			return err
+		}
+		defer unix.Munmap(buf)
+		bufs = append(bufs, buf)
+		places = append(places, rand.New(rand.NewPCG(uint64(round), uint64(t)+1)))
 	}
-	defer unix.Close(fd)
-	buf, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
-	if err != nil {
-		return 0, err
+	pages := int64(mebibytes) << 20 / 4096
+	return m.each(threads, p.c.Scale.Reads, func(t, _ int) error {
+		if n, err := call(bufs[t], places[t].Int64N(pages)*4096); err != nil || n != 4096 {
+			return fmt.Errorf("%d bytes: %w", n, err)
+		}
+		return nil
+	})
+}
+
+func read4k(threads int) func(context.Context, *peer, int, *meter) error {
+	return func(_ context.Context, p *peer, round int, m *meter) error {
+		fd, err := unix.Open(filepath.Join(p.dir, "big"), unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return randomPages(p, m, threads, p.c.Scale.Sequential, round, func(buf []byte, offset int64) (int, error) { return rawPread(fd, buf, offset) })
 	}
-	defer unix.Munmap(buf)
-	// The same places for all peers.
-	r := rand.New(rand.NewPCG(uint64(round), 1))
-	pages := int64(p.c.Scale.Sequential) << 20 / 4096
-	n := p.c.Scale.Reads
-	start := time.Now()
-	for range n {
-		if m, err := rawPread(fd, buf, r.Int64N(pages)*4096); err != nil || m != 4096 {
-			return 0, fmt.Errorf("read %d bytes: %w", m, err)
+}
+
+// written is the size, in MiB, of the file of randWrite.
+const written = 64
+
+func randWrite(_ context.Context, p *peer, round int, m *meter) error {
+	dir, err := p.scratch("randwrite")
+	if err != nil {
+		return err
+	}
+	name, size := filepath.Join(dir, "file"), min(written, p.c.Scale.Sequential)
+	if fi, err := os.Stat(name); err != nil || fi.Size() != int64(size)<<20 {
+		if err := os.WriteFile(name, make([]byte, size<<20), 0o644); err != nil {
+			return err
 		}
 	}
-	return each(start, n), nil
+	fd, err := unix.Open(name, unix.O_WRONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	err = randomPages(p, m, 1, size, round, func(buf []byte, offset int64) (int, error) { return rawPwrite(fd, buf, offset) })
+	return errors.Join(err, unix.Close(fd))
 }
 
-func coldStat(_ context.Context, p *peer, _ int) (float64, error) {
+// statAll stats the files of the tree for it.
+func statAll(p *peer, m *meter, threads int) error {
 	n := p.c.Scale.Stats
 	names := make([]string, n)
 	for i := range names {
@@ -204,17 +184,23 @@ func coldStat(_ context.Context, p *peer, _ int) (float64, error) {
 	}
 	ptrs, err := cstrings(names)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	var st unix.Statx_t
-	start := time.Now()
-	for i, name := range ptrs {
-		if err := rawStatx(unix.AT_FDCWD, name, unix.AT_SYMLINK_NOFOLLOW, &st); err != nil {
-			return 0, fmt.Errorf("stat %s: %w", names[i], err)
+	st := make([]unix.Statx_t, threads)
+	return m.each(threads, n, func(t, i int) error {
+		if err := rawStatx(unix.AT_FDCWD, ptrs[i], unix.AT_SYMLINK_NOFOLLOW, &st[t]); err != nil {
+			return fmt.Errorf("stat %s: %w", names[i], err)
 		}
-	}
-	return each(start, n), nil
+		return nil
+	})
 }
+
+func coldStat(threads int) func(context.Context, *peer, int, *meter) error {
+	return func(_ context.Context, p *peer, _ int, m *meter) error { return statAll(p, m, threads) }
+}
+
+// warmStat differs in what was done before.
+var warmStat = coldStat
 
 // scratch is the directory in which a peer writes, through its mount.
 func (p *peer) scratch(name string) (string, error) {
@@ -222,141 +208,160 @@ func (p *peer) scratch(name string) (string, error) {
 	return dir, os.MkdirAll(dir, 0o755)
 }
 
-func createdFiles(p *peer) (names []string, err error) {
-	dir, err := p.scratch("create")
-	for i := range p.c.Scale.Creates {
+// scratchNames are n names in a scratch directory, for the kernel too.
+func scratchNames(p *peer, dir string, n int) (names []string, ptrs []*byte, err error) {
+	dir, err = p.scratch(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	for i := range n {
 		names = append(names, fmt.Sprintf("%s/file%05d", dir, i))
 	}
-	return names, err
+	ptrs, err = cstrings(names)
+	return names, ptrs, err
 }
 
-func create(_ context.Context, p *peer, _ int) (float64, error) {
-	names, err := createdFiles(p)
-	if err != nil {
-		return 0, err
-	}
-	// What the round before made, if the case unlink did not remove it.
+// removeAll removes files of which some may not be there.
+func removeAll(names []string) error {
 	for _, name := range names {
 		if err := unix.Unlink(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return 0, err
+			return err
 		}
 	}
-	ptrs, err := cstrings(names)
-	if err != nil {
-		return 0, err
-	}
-	start := time.Now()
-	for _, name := range ptrs {
-		fd, err := rawOpen(name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
-		if err != nil {
-			return 0, err
-		}
-		if err := rawClose(fd); err != nil {
-			return 0, err
-		}
-	}
-	return each(start, len(names)), nil
+	return nil
 }
 
-func unlink(_ context.Context, p *peer, _ int) (float64, error) {
-	names, err := createdFiles(p)
+func create(_ context.Context, p *peer, _ int, m *meter) error {
+	names, ptrs, err := scratchNames(p, "create", p.c.Scale.Creates)
 	if err != nil {
-		return 0, err
+		return err
+	}
+	// What the round before made, if the case unlink did not remove it.
+	if err := removeAll(names); err != nil {
+		return err
+	}
+	return m.each(1, len(ptrs), func(_, i int) error {
+		fd, err := rawOpen(ptrs[i], unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
+		if err != nil {
+			return err
+		}
+		return rawClose(fd)
+	})
+}
+
+func unlink(_ context.Context, p *peer, _ int, m *meter) error {
+	names, ptrs, err := scratchNames(p, "create", p.c.Scale.Creates)
+	if err != nil {
+		return err
 	}
 	for _, name := range names {
 		fd, err := unix.Open(name, unix.O_CREAT|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
 		if err != nil {
-			return 0, err
+			return err
 		}
 		unix.Close(fd)
 	}
-	ptrs, err := cstrings(names)
+	return m.each(1, len(ptrs), func(_, i int) error { return rawUnlink(ptrs[i], 0) })
+}
+
+func fsMark(_ context.Context, p *peer, _ int, m *meter) error {
+	names, ptrs, err := scratchNames(p, "fsmark", p.c.Scale.Creates/2)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	start := time.Now()
-	for _, name := range ptrs {
-		if err := rawUnlink(name); err != nil {
-			return 0, err
+	buf, err := pageBuffer()
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(buf)
+	err = m.each(1, len(ptrs), func(_, i int) error {
+		fd, err := rawOpen(ptrs[i], unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
+		if err != nil {
+			return err
 		}
-	}
-	return each(start, len(names)), nil
+		if n, err := rawPwrite(fd, buf, 0); err != nil || n != len(buf) {
+			return fmt.Errorf("wrote %d bytes: %w", n, err)
+		}
+		if err := rawFsync(fd); err != nil {
+			return err
+		}
+		return rawClose(fd)
+	})
+	return errors.Join(err, removeAll(names))
 }
 
-func copyFiles(ctx context.Context, p *peer, round int) (float64, error) {
-	dir, err := p.scratch("cp")
+func mdTest(_ context.Context, p *peer, _ int, m *meter) error {
+	n := p.c.Scale.Creates / 2
+	names, ptrs, err := scratchNames(p, "mdtest", n)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	to := filepath.Join(dir, fmt.Sprint(round))
-	start := time.Now()
-	out, err := exec.CommandContext(ctx, "cp", "-a", filepath.Join(p.c.Dir, "local"), to).CombinedOutput()
-	if err != nil {
-		return 0, fmt.Errorf("cp -a: %w\n%s", err, out)
+	var st unix.Statx_t
+	if err := m.each(1, 3*n, func(_, i int) error {
+		name := ptrs[i%n]
+		switch i / n {
+		case 0:
+			return rawMkdir(name, 0o755)
+		case 1:
+			return rawStatx(unix.AT_FDCWD, name, unix.AT_SYMLINK_NOFOLLOW, &st)
+		}
+		return rawUnlink(name, unix.AT_REMOVEDIR)
+	}); err != nil {
+		return fmt.Errorf("directories like %s: %w", names[0], err)
 	}
-	took := time.Since(start).Seconds()
-	return took, os.RemoveAll(to)
-}
-
-func gitStatus(ctx context.Context, p *peer, _ int) (float64, error) {
-	start := time.Now()
-	err := git(ctx, filepath.Join(p.dir, "repo"), "status", "--porcelain")
-	return time.Since(start).Seconds(), err
+	m.n = n // an operation is all three
+	return nil
 }
 
 const block = 1 << 20
 
-// megabytes returns the rate in MB/s of n MiB.
-func megabytes(start time.Time, n int) float64 {
-	return float64(n) * block / 1e6 / time.Since(start).Seconds()
-}
-
-func seqWrite(_ context.Context, p *peer, round int) (float64, error) {
+func seqWrite(_ context.Context, p *peer, round int, m *meter) error {
 	dir, err := p.scratch("write")
 	if err != nil {
-		return 0, err
+		return err
 	}
 	name := filepath.Join(dir, fmt.Sprint(round))
 	buf := []byte(strings.Repeat("sixteen bytes...", block/16))
 	fd, err := unix.Open(name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer os.Remove(name)
 	n := p.c.Scale.Sequential
-	start := time.Now()
+	if err := m.start(); err != nil {
+		return err
+	}
 	for range n {
-		if m, err := unix.Write(fd, buf); err != nil || m != block {
+		if got, err := unix.Write(fd, buf); err != nil || got != block {
 			unix.Close(fd)
-			return 0, fmt.Errorf("wrote %d bytes: %w", m, err)
+			return fmt.Errorf("wrote %d bytes: %w", got, err)
 		}
 	}
 	// The close belongs to it: peers that write behind must have written.
-	if err := unix.Close(fd); err != nil {
-		return 0, err
-	}
-	return megabytes(start, n), nil
+	return errors.Join(unix.Close(fd), m.stop(n))
 }
 
-func seqRead(_ context.Context, p *peer, _ int) (float64, error) {
+func seqRead(_ context.Context, p *peer, _ int, m *meter) error {
 	fd, err := unix.Open(filepath.Join(p.dir, "big"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer unix.Close(fd)
 	// The mount's pages go; those of the tmpfs behind it stay.
 	if err := unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED); err != nil {
-		return 0, err
+		return err
 	}
 	buf := make([]byte, block)
 	n := p.c.Scale.Sequential
-	start := time.Now()
-	for left := n * block; left > 0; {
-		m, err := unix.Read(fd, buf)
-		if err != nil || m == 0 {
-			return 0, fmt.Errorf("read %d bytes: %w", m, err)
-		}
-		left -= m
+	if err := m.start(); err != nil {
+		return err
 	}
-	return megabytes(start, n), nil
+	for left := n * block; left > 0; {
+		got, err := unix.Read(fd, buf)
+		if err != nil || got == 0 {
+			return fmt.Errorf("read %d bytes: %w", got, err)
+		}
+		left -= got
+	}
+	return m.stop(n)
 }

@@ -21,6 +21,7 @@ import (
 const (
 	ours       = "transfused"
 	bare       = "bare"
+	goFuse     = "gofuse" // gofuse.go
 	lax        = "sshfs-lax"
 	cServer    = "c-server" // floor.c on the device
 	cFloor     = "c-floor"  // floor.c behind a relay
@@ -32,7 +33,7 @@ const (
 )
 
 // peerNames in the order of the table: ours last.
-var peerNames = []string{bare, cServer, "bindfs", cFloor, lax, "sshfs", ours}
+var peerNames = []string{bare, cServer, "bindfs", goFuse, cFloor, lax, "sshfs", ours}
 
 // peer is one way to see the tree, at dir. A mount is there from mount to unmount.
 type peer struct {
@@ -41,6 +42,7 @@ type peer struct {
 	src    string // the tree
 	dir    string // where the peer shows it
 	theirs bool   // somebody else has mounted it
+	told   bool   // it counts messages, and tells them
 	procs  []*process
 }
 
@@ -84,15 +86,20 @@ func (p *peer) commands() [][]string {
 		return [][]string{{filepath.Join(p.c.Dir, "floor"), "server", p.src, p.dir}}
 	case cFloor:
 		return [][]string{{filepath.Join(p.c.Dir, "floor"), "relay", p.src, p.dir}}
+	case goFuse:
+		return [][]string{{"/proc/self/exe", p.src, p.dir}}
 	case ours:
-		sock := filepath.Join(p.c.Dir, "host.sock")
-		return [][]string{
-			{filepath.Join(p.c.Bin, "transfuse-host"), "--listen", "unix:" + sock, "--export", "bench=" + p.src + ",root=trust"},
-			{filepath.Join(p.c.Bin, "transfused"), "--server", "unix:" + sock, "--socket", "unix:" + filepath.Join(p.c.Dir, "guest.sock"), "--mount", "bench=" + p.dir},
+		host := []string{filepath.Join(p.c.Bin, "transfuse-host"), "--listen", "unix:" + p.sock("host"), "--export", "bench=" + p.src + ",root=trust"}
+		guest := []string{filepath.Join(p.c.Bin, "transfused"), "--server", "unix:" + p.sock("host"), "--socket", "unix:" + p.sock("guest"), "--mount", "bench=" + p.dir}
+		if p.told {
+			host, guest = append(host, "--metrics", "unix:"+p.sock("metrics")), append(guest, "--control", "unix:"+p.sock("guest-control"))
 		}
+		return [][]string{host, guest}
 	}
 	return nil
 }
+
+func (p *peer) sock(name string) string { return filepath.Join(p.c.Dir, name+".sock") }
 
 // mount starts the peer and waits for its mount.
 func (p *peer) mount(ctx context.Context) error {
@@ -108,6 +115,9 @@ func (p *peer) mount(ctx context.Context) error {
 	for _, args := range p.commands() {
 		pr := &process{name: filepath.Base(args[0]), cmd: exec.Command(args[0], args[1:]...), done: make(chan struct{})}
 		pr.cmd.Stdout, pr.cmd.Stderr = &pr.log, &pr.log
+		if p.name == goFuse {
+			pr.name, pr.cmd.Env = goFuse, append(os.Environ(), loopbackEnv+"=1")
+		}
 		// Ctrl-C is for us, who then unmount.
 		pr.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 		if err := pr.cmd.Start(); err != nil {
@@ -203,10 +213,8 @@ type memory struct {
 }
 
 // memory returns that of the peer's processes and all their descendants.
-func (p *peer) memory() []memory {
-	var all []memory
-	var add func(name string, pid int)
-	add = func(name string, pid int) {
+func (p *peer) memory() (all []memory) {
+	p.eachProcess(func(name string, pid int) {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		if err != nil {
 			return // it has ended
@@ -223,18 +231,31 @@ func (p *peer) memory() []memory {
 			}
 		}
 		all = append(all, m)
+	})
+	return all
+}
+
+// pids are the peer's processes and all their descendants.
+func (p *peer) pids() (all []int) {
+	p.eachProcess(func(_ string, pid int) { all = append(all, pid) })
+	return all
+}
+
+func (p *peer) eachProcess(f func(name string, pid int)) {
+	var visit func(name string, pid int)
+	visit = func(name string, pid int) {
+		f(name, pid)
 		children, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
-		for _, f := range children {
-			b, _ := os.ReadFile(f)
+		for _, file := range children {
+			b, _ := os.ReadFile(file)
 			for _, s := range strings.Fields(string(b)) {
 				if child, err := strconv.Atoi(s); err == nil {
-					add(name+"'s child", child) // a re-executed program has no name of its own
+					visit(name+"'s child", child) // a re-executed program has no name of its own
 				}
 			}
 		}
 	}
 	for _, pr := range p.procs {
-		add(pr.name, pr.cmd.Process.Pid)
+		visit(pr.name, pr.cmd.Process.Pid)
 	}
-	return all
 }

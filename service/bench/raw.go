@@ -13,13 +13,13 @@ import (
 // calls for one that runs too long, and look at it every 20 µs: on one CPU that costs more than the call.
 
 // undisturbed runs fn on a thread that the scheduler's signal does not reach: it would interrupt the calls.
-func undisturbed(fn func() (float64, error)) (float64, error) {
+func undisturbed(fn func() error) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	set, old := unix.Sigset_t{}, unix.Sigset_t{}
 	set.Val[0] = 1 << (unix.SIGURG - 1)
 	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &set, &old); err != nil {
-		return 0, err
+		return err
 	}
 	// What is restored was valid.
 	defer unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
@@ -58,8 +58,18 @@ func rawClose(fd int) error {
 	return errno(e)
 }
 
-func rawUnlink(name *byte) error {
-	_, _, e := unix.RawSyscall(unix.SYS_UNLINKAT, atCWD, uintptr(unsafe.Pointer(name)), 0)
+func rawUnlink(name *byte, flags int) error {
+	_, _, e := unix.RawSyscall(unix.SYS_UNLINKAT, atCWD, uintptr(unsafe.Pointer(name)), uintptr(flags))
+	return errno(e)
+}
+
+func rawMkdir(name *byte, mode uint32) error {
+	_, _, e := unix.RawSyscall(unix.SYS_MKDIRAT, atCWD, uintptr(unsafe.Pointer(name)), uintptr(mode))
+	return errno(e)
+}
+
+func rawFsync(fd int) error {
+	_, _, e := unix.RawSyscall(unix.SYS_FSYNC, uintptr(fd), 0, 0)
 	return errno(e)
 }
 
@@ -70,5 +80,10 @@ func rawStatx(fd int, name *byte, flags int, st *unix.Statx_t) error {
 
 func rawPread(fd int, b []byte, offset int64) (int, error) {
 	n, _, e := unix.RawSyscall6(unix.SYS_PREAD64, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(offset), 0, 0)
+	return int(n), errno(e)
+}
+
+func rawPwrite(fd int, b []byte, offset int64) (int, error) {
+	n, _, e := unix.RawSyscall6(unix.SYS_PWRITE64, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(offset), 0, 0)
 	return int(n), errno(e)
 }

@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"runtime"
@@ -17,29 +18,53 @@ import (
 // report is everything that was measured, as -json writes it.
 type report struct {
 	Host   string
+	Scale  string // by its name
 	Peers  []string
 	Modes  []modeResult
+	Counts []count
 	Floors []floor
 }
 
 type modeResult struct {
 	Mode         string
 	Rows         []row
-	Idle, Loaded []memory // of our processes, one mount
+	PingPong     []float64 // CPU time of a round trip over a socket between two processes, µs
+	Idle, Loaded []memory  // of our processes, one mount
 }
 
 // row is a case; Rounds are the figures of each peer in the order measured.
 type row struct {
 	Case, What string
 	Unit       unit
+	N          int // operations of a round
 	Rounds     map[string][]float64
+	CPU        map[string][]float64 // µs of CPU for each operation, of who asks and who serves
+	Messages   *messages            `json:",omitempty"` // of ours, for each operation
 }
 
-// floor is a promise about our figures.
-type floor struct {
-	Text string
-	Got  string
-	Pass bool
+// count is what a case asks of ours.
+type count struct {
+	Case string
+	messages
+}
+
+func counts(m modeResult) (all []count) {
+	for _, r := range m.Rows {
+		if r.Messages != nil {
+			all = append(all, count{r.Case, *r.Messages})
+		}
+	}
+	return all
+}
+
+// row is the one of that case, or an empty one.
+func (m modeResult) row(name string) row {
+	for _, r := range m.Rows {
+		if r.Case == name {
+			return r
+		}
+	}
+	return row{}
 }
 
 func median(v []float64) float64 {
@@ -73,17 +98,30 @@ func (r row) line(peers []string) string {
 	return s
 }
 
-func (r row) figure(p string) string {
-	m := median(r.Rounds[p])
+func (r row) figure(p string) string { return r.Unit.figure(median(r.Rounds[p])) }
+
+func (u unit) figure(v float64) string {
 	switch {
-	case math.IsNaN(m):
+	case math.IsNaN(v):
 		return "-"
-	case r.Unit == seconds:
-		return fmt.Sprintf("%.3f s", m)
-	case r.Unit == micros:
-		return fmt.Sprintf("%.1f µs", m)
+	case u == seconds:
+		return fmt.Sprintf("%.3f s", v)
+	case u == micros:
+		return fmt.Sprintf("%.1f µs", v)
 	}
-	return fmt.Sprintf("%.0f MB/s", m)
+	return fmt.Sprintf("%.0f MB/s", v)
+}
+
+// others are the peers that ours is compared with.
+func (r report) others() (names []string) {
+	if slices.Contains(r.Peers, ours) {
+		for _, p := range r.Peers {
+			if p != ours && p != bare {
+				names = append(names, p)
+			}
+		}
+	}
+	return names
 }
 
 // print writes the report for people, in columns or, with a table function of its own, as Markdown.
@@ -93,14 +131,9 @@ func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 		fmt.Fprintf(w, "\n%s: medians; in the last columns how many times our cost is theirs (below 1: ours is faster)\n\n", strings.ToUpper(m.Mode[:1])+m.Mode[1:])
 		header := []string{"case", "what"}
 		header = append(header, r.Peers...)
-		var others []string
-		if slices.Contains(r.Peers, ours) {
-			for _, p := range r.Peers {
-				if p != ours && p != bare {
-					others = append(others, p)
-					header = append(header, "/"+p)
-				}
-			}
+		others := r.others()
+		for _, p := range others {
+			header = append(header, "/"+p)
 		}
 		lines := [][]string{header}
 		for _, row := range m.Rows {
@@ -114,6 +147,7 @@ func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 			lines = append(lines, line)
 		}
 		table(w, lines)
+		m.printCPU(w, r.Peers, table)
 		if len(m.Idle)+len(m.Loaded) > 0 {
 			lines := [][]string{{"process", "pid", "idle", "after load", "peak"}}
 			for _, l := range m.Loaded {
@@ -129,17 +163,57 @@ func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 			table(w, lines)
 		}
 	}
+	if len(r.Counts) > 0 {
+		lines := [][]string{{"case", "asked by the kernel for each operation", "messages to the host"}}
+		for _, c := range r.Counts {
+			var ops []string
+			for _, op := range slices.Sorted(maps.Keys(c.Asked)) {
+				if c.Asked[op] >= 0.005 {
+					ops = append(ops, fmt.Sprintf("%s %.2f", op, c.Asked[op]))
+				}
+			}
+			lines = append(lines, []string{c.Case, strings.Join(ops, ", "), fmt.Sprintf("%.2f", c.Sent)})
+		}
+		fmt.Fprintf(w, "\nrequests of %s; the daemon in the guest answers some by itself\n\n", ours)
+		table(w, lines)
+	}
 	if len(r.Floors) > 0 {
-		lines := [][]string{{"", "floor, on one CPU", "measured"}}
+		lines := [][]string{{"", "at least, on one CPU if not said otherwise", "measured", "goal", ""}}
 		for _, f := range r.Floors {
-			word := "PASS"
+			word, reached := "PASS", ""
 			if !f.Pass {
 				word = "MISS"
 			}
-			lines = append(lines, []string{word, f.Text, f.Got})
+			if f.Reached {
+				reached = "reached"
+			}
+			lines = append(lines, []string{word, f.Text, f.Got, f.Goal, reached})
 		}
 		fmt.Fprintln(w)
 		table(w, lines)
+	}
+}
+
+// printCPU writes what CPU time the cases took whose figures are times for each operation.
+func (m modeResult) printCPU(w io.Writer, peers []string, table func(io.Writer, [][]string)) {
+	lines := [][]string{append([]string{"case", "what"}, peers...)}
+	for _, r := range m.Rows {
+		if r.Unit != micros || len(r.CPU) == 0 {
+			continue
+		}
+		line := []string{r.Case, r.What}
+		for _, p := range peers {
+			line = append(line, micros.figure(median(r.CPU[p])))
+		}
+		lines = append(lines, line)
+	}
+	if len(lines) == 1 {
+		return
+	}
+	fmt.Fprint(w, "\nCPU time for each operation, of who asks and of all servers\n\n")
+	table(w, lines)
+	if len(m.PingPong) > 0 {
+		fmt.Fprintf(w, "\nof 80 bytes to another process and back, over a Unix socket: %s\n", micros.figure(median(m.PingPong)))
 	}
 }
 
@@ -182,43 +256,6 @@ func markdown(w io.Writer, lines [][]string) {
 			fmt.Fprintf(w, "|%s\n", strings.Repeat(" --- |", len(l)))
 		}
 	}
-}
-
-const (
-	maxGetattrRatio = 4   // times bindfs
-	minSequential   = 600 // MB/s
-	maxResident     = 40 << 10
-)
-
-// floors judges what was measured on one CPU. Cases and peers that were not
-// measured have no floor.
-func floors(r report) (all []floor) {
-	add := func(text, got string, pass bool) { all = append(all, floor{text, got, pass}) }
-	for _, m := range r.Modes {
-		if m.Mode != onOneCPU {
-			continue
-		}
-		for _, row := range m.Rows {
-			if len(row.Rounds[ours]) == 0 {
-				continue
-			}
-			if row.Case == "getattr" {
-				if x := row.ratio(ours, "bindfs"); !math.IsNaN(x) {
-					add(fmt.Sprintf("getattr: at most %d times bindfs", maxGetattrRatio), fmt.Sprintf("%.2f times", x), x <= maxGetattrRatio)
-				}
-			} else if x := row.ratio(ours, "sshfs"); !math.IsNaN(x) {
-				add(row.Case+": faster than sshfs", fmt.Sprintf("%.2f times its cost", x), x < 1)
-			}
-			if row.Unit == rate {
-				x := median(row.Rounds[ours])
-				add(fmt.Sprintf("%s: at least %d MB/s", row.Case, minSequential), row.figure(ours), x >= minSequential)
-			}
-		}
-		for _, p := range m.Loaded {
-			add(fmt.Sprintf("memory of %s (%d): under %d MiB", p.Process, p.PID, maxResident>>10), mebibytes(p.RSS), p.RSS < maxResident)
-		}
-	}
-	return all
 }
 
 // machine names where this was measured.

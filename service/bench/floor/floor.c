@@ -4,6 +4,9 @@
 // on the device itself or at the other end of a relay and a Unix socket. The benchmark measures it beside the real one.
 //
 // usage: floor server|relay DIR MOUNTPOINT
+//        floor pingpong N
+//
+// pingpong sends 80 bytes, as many as a GETATTR has with its headers, to a child and back, N times, and says how much CPU time both used for each round trip, in µs.
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -22,6 +25,7 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define MAX_DATA (1 << 20)
@@ -189,6 +193,8 @@ static int serve(const struct fuse_in_header *h, const char *in, char *out)
 		return 0;
 	case FUSE_FLUSH:
 		return 0;
+	case FUSE_FSYNC:
+		return fsync(((struct fuse_fsync_in *)in)->fh) < 0 ? -errno : 0;
 	case FUSE_READ: {
 		const struct fuse_read_in *r = (void *)in;
 		n = pread(r->fh, out, r->size, r->offset);
@@ -344,10 +350,47 @@ static void relay(int dev, int sock)
 	}
 }
 
+static double used(int who)
+{
+	struct rusage u;
+	getrusage(who, &u);
+	return (u.ru_utime.tv_sec + u.ru_stime.tv_sec) * 1e6 + u.ru_utime.tv_usec + u.ru_stime.tv_usec;
+}
+
+static int ping_pong(int n)
+{
+	char b[80] = {0};
+	int socks[2];
+	if (socketpair(AF_UNIX, SOCK_STREAM, 0, socks) < 0)
+		die("socketpair");
+	switch (fork()) {
+	case -1:
+		die("fork");
+	case 0:
+		close(socks[0]);
+		while (read(socks[1], b, sizeof b) == sizeof b)
+			if (write(socks[1], b, sizeof b) < 0)
+				break;
+		exit(0);
+	}
+	close(socks[1]);
+	double begin = used(RUSAGE_SELF);
+	for (int i = 0; i < n; i++)
+		if (write(socks[0], b, sizeof b) != sizeof b || read(socks[0], b, sizeof b) != sizeof b)
+			die("ping");
+	double mine = used(RUSAGE_SELF) - begin;
+	close(socks[0]);
+	wait(NULL);
+	printf("%.3f\n", (mine + used(RUSAGE_CHILDREN)) / n);
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
+	if (argc == 3 && !strcmp(argv[1], "pingpong"))
+		return ping_pong(atoi(argv[2]));
 	if (argc != 4 || (strcmp(argv[1], "server") && strcmp(argv[1], "relay"))) {
-		fprintf(stderr, "usage: %s server|relay DIR MOUNTPOINT\n", argv[0]);
+		fprintf(stderr, "usage: %s server|relay DIR MOUNTPOINT, or pingpong N\n", argv[0]);
 		return 2;
 	}
 	struct rlimit files;
