@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	"path/filepath"
@@ -246,6 +247,24 @@ func TestFloors(t *testing.T) {
 		if !strings.Contains(b.String(), s) {
 			t.Errorf("no %q in\n%s", s, &b)
 		}
+	}
+}
+
+func TestCompare(t *testing.T) {
+	before, now := sample(), sample()
+	now.Counts = []count{{"coldstat", messages{Sent: 1.04}}, {"find", messages{Sent: 0.6}}, {"new", messages{Sent: 7}}}
+	now.Modes[0].Rows[0].Rounds[ours] = []float64{60}
+	var b bytes.Buffer
+	if n := compare(&b, markdown, before, now); n != 1 {
+		t.Errorf("%d cases send more", n)
+	}
+	for _, s := range []string{" 1.70 → 2.00 |", "| coldstat |  | 1.00 → 1.04 |", "| find | MORE | 0.50 → 0.60 |", "| new |  | - → 7.00 |"} {
+		if !strings.Contains(b.String(), s) {
+			t.Errorf("no %q in\n%s", s, &b)
+		}
+	}
+	if n := compare(io.Discard, table, now, before); n != 0 {
+		t.Errorf("fewer messages: %d cases send more", n)
 	}
 }
 

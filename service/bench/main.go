@@ -73,6 +73,7 @@ func run(ctx context.Context) error {
 	treeDir := flag.String("make-tree", "", "make the tree in this `directory`, and end")
 	scaleName := flag.String("scale", "full", "how much each case does: `small or full`")
 	jsonFile := flag.String("json", "", "write the figures to this `file`, too")
+	compareFile := flag.String("compare", "", "compare with the figures that -json wrote to this `file`, and exit with 1 when more messages are sent")
 	markdownFile := flag.String("md", "", "write the tables to this `file`, too")
 	check := flag.Bool("check", false, "exit with 1 when something is worse than it must be at least")
 	flag.Parse()
@@ -113,6 +114,12 @@ func run(ctx context.Context) error {
 	}
 	if err := requirements(c); err != nil {
 		return err
+	}
+	var before *report
+	if *compareFile != "" {
+		if before, err = readReport(*compareFile, *scaleName); err != nil {
+			return err
+		}
 	}
 	work, err := os.MkdirTemp(*dir, "transfused-bench.")
 	if err != nil {
@@ -168,6 +175,11 @@ func run(ctx context.Context) error {
 	var text, marked bytes.Buffer
 	r.print(&text, table)
 	r.print(&marked, markdown)
+	var more int
+	if before != nil {
+		more = compare(&text, table, *before, r)
+		compare(&marked, markdown, *before, r)
+	}
 	figures, err := json.MarshalIndent(r, "", "\t")
 	if err != nil {
 		return err
@@ -183,10 +195,26 @@ func run(ctx context.Context) error {
 			}
 		}
 	}
-	if *check && slices.ContainsFunc(r.Floors, func(f floor) bool { return !f.Pass }) {
+	if more > 0 || *check && slices.ContainsFunc(r.Floors, func(f floor) bool { return !f.Pass }) {
 		return errMiss
 	}
 	return nil
+}
+
+// readReport reads what -json wrote.
+func readReport(name, scale string) (*report, error) {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	var r report
+	if err := json.Unmarshal(b, &r); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	if r.Scale != scale {
+		return nil, fmt.Errorf("%s: of scale %q, not %q: its counts say nothing here", name, r.Scale, scale)
+	}
+	return &r, nil
 }
 
 // build makes static binaries of our two programs.
