@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/xml"
 	"fmt"
 	"io"
 	"math"
@@ -265,6 +266,36 @@ func TestCompare(t *testing.T) {
 	}
 	if n := compare(io.Discard, table, now, before); n != 0 {
 		t.Errorf("fewer messages: %d cases send more", n)
+	}
+}
+
+// A drawing is XML, and has a bar for each case and peer that were measured.
+func TestDraw(t *testing.T) {
+	r := sample()
+	var b bytes.Buffer
+	r.draw(&b)
+	bars := 0
+	for d := xml.NewDecoder(bytes.NewReader(b.Bytes())); ; {
+		token, err := d.Token()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatalf("%v in\n%s", err, &b)
+		}
+		if e, ok := token.(xml.StartElement); ok && e.Name.Local == "rect" {
+			bars++
+		}
+	}
+	if want := 3 + 2 + 2 + 3 + 2 + 3; bars != want { // the legend, and the rows
+		t.Errorf("%d bars, want %d", bars, want)
+	}
+	b.Reset()
+	report{Peers: []string{ours, "virtiofs"}, Modes: []modeResult{{Mode: free, Rows: []row{
+		{Case: "getattr", Unit: micros, Rounds: map[string][]float64{ours: {1}, "virtiofs": {8}}},
+	}}}}.draw(&b)
+	if !strings.Contains(b.String(), ">virtiofs<") || !strings.Contains(b.String(), ">0.12<") {
+		t.Errorf("virtiofs is not in\n%s", &b)
 	}
 }
 

@@ -73,6 +73,7 @@ func run(ctx context.Context) error {
 	treeDir := flag.String("make-tree", "", "make the tree in this `directory`, and end")
 	scaleName := flag.String("scale", "full", "how much each case does: `small or full`")
 	jsonFile := flag.String("json", "", "write the figures to this `file`, too")
+	svgFile := flag.String("svg", "", "draw how ours compares into this `file`")
 	compareFile := flag.String("compare", "", "compare with the figures that -json wrote to this `file`, and exit with 1 when more messages are sent")
 	markdownFile := flag.String("md", "", "write the tables to this `file`, too")
 	check := flag.Bool("check", false, "exit with 1 when something is worse than it must be at least")
@@ -172,9 +173,10 @@ func run(ctx context.Context) error {
 		r.Counts = counts(*res)
 	}
 	r.Floors = floors(r)
-	var text, marked bytes.Buffer
+	var text, marked, drawn bytes.Buffer
 	r.print(&text, table)
 	r.print(&marked, markdown)
+	r.draw(&drawn)
 	var more int
 	if before != nil {
 		more = compare(&text, table, *before, r)
@@ -188,7 +190,7 @@ func run(ctx context.Context) error {
 	for _, file := range []struct {
 		name string
 		data []byte
-	}{{*jsonFile, append(figures, '\n')}, {*markdownFile, marked.Bytes()}} {
+	}{{*jsonFile, append(figures, '\n')}, {*markdownFile, marked.Bytes()}, {*svgFile, drawn.Bytes()}} {
 		if file.name != "" {
 			if err := os.WriteFile(file.name, file.data, 0o644); err != nil {
 				return err
