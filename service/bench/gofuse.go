@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fs"
@@ -25,7 +26,7 @@ func serveLoopback(args []string) error {
 	server, err := fs.Mount(args[1], root, &fs.Options{
 		AttrTimeout: &second, EntryTimeout: &second, NullPermissions: true,
 		MountOptions: fuse.MountOptions{
-			AllowOther: true, Options: []string{"default_permissions"}, FsName: args[0], Name: "loopback",
+			AllowOther: os.Geteuid() == 0, DirectMount: true, Options: []string{"default_permissions"}, FsName: args[0], Name: "loopback",
 			MaxWrite: block, MaxReadAhead: block,
 			// More than the kernel takes: it then has no passthrough, by which it would read and write the files behind without asking.
 			MaxStackDepth: 3,

@@ -100,18 +100,15 @@ func run(ctx context.Context) error {
 		return err
 	}
 	modes := []string{onOneCPU, free}
+	c.Cases = groupNames()
 	if *cases != "" {
 		if c.Cases, err = choose("-cases", *cases, slices.Concat(groupNames(), caseNames())); err != nil {
 			return err
 		}
-	} else {
-		c.Cases = caseNames()
 	}
 	if c.Dirs != nil {
 		modes = []string{free} // their servers are where they are
-		if *cases == "" {
-			c.Cases = able(c)
-		}
+		c.Cases = able(c)
 	}
 	if err := requirements(c); err != nil {
 		return err
@@ -281,9 +278,9 @@ func absent(program string) bool {
 	return err != nil
 }
 
-// able are the cases whose programs, and part of the tree, are there.
+// able are the cases whose programs, and part of the tree, are there, and those that are asked for by their own name.
 func able(c config) (names []string) {
-	for _, b := range cases {
+	for _, b := range wanted(c) {
 		why := ""
 		for _, program := range b.needs {
 			if absent(program) {
@@ -295,7 +292,7 @@ func able(c config) (names []string) {
 				why = err.Error()
 			}
 		}
-		if why != "" {
+		if why != "" && !slices.Contains(c.Cases, b.name) {
 			fmt.Fprintf(os.Stderr, "without %s: %s\n", b.name, why)
 			continue
 		}

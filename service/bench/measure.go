@@ -27,7 +27,7 @@ const (
 )
 
 const (
-	// settling is for what an operation leaves to be done after it, to be counted with it.
+	// settling is for what operations leave to be done after them, to be counted with them.
 	settling = 100 * time.Millisecond
 	// pings are the round trips of one round of ping-pong.
 	pings = 5000
@@ -43,19 +43,32 @@ type meter struct {
 	messages  messages
 
 	begin    time.Time
-	servers  []int // processes
-	beginCPU time.Duration
+	clocks   []clock
+	programs time.Duration
+}
+
+// clock is one of a process, and what it said at the beginning.
+type clock struct {
+	id    int32
+	begin time.Duration
 }
 
 // start begins. What reads clocks and counters is outside of the time that it measures.
 func (m *meter) start() (err error) {
 	if m.count {
+		time.Sleep(settling)
 		if m.messages, err = m.p.messages(); err != nil {
 			return err
 		}
 	}
-	m.servers = m.p.pids()
-	if m.beginCPU, err = m.used(); err != nil {
+	m.clocks = []clock{{id: unix.CLOCK_PROCESS_CPUTIME_ID}}
+	for _, pid := range m.p.pids() {
+		m.clocks = append(m.clocks, clock{id: int32(^pid<<3 | 2)}) // clock_getcpuclockid(3): that of all its threads, in ns
+	}
+	for i := range m.clocks {
+		m.clocks[i].begin = m.clocks[i].now()
+	}
+	if m.programs, err = programs(); err != nil {
 		return err
 	}
 	m.begin = time.Now()
@@ -65,11 +78,14 @@ func (m *meter) start() (err error) {
 // stop ends the time that n operations took.
 func (m *meter) stop(n int) error {
 	m.took, m.n = time.Since(m.begin), n
-	used, err := m.used()
+	used, err := programs()
 	if err != nil {
 		return err
 	}
-	m.cpu = used - m.beginCPU
+	m.cpu = used - m.programs
+	for _, c := range m.clocks {
+		m.cpu += max(0, c.now()-c.begin)
+	}
 	if m.count {
 		time.Sleep(settling)
 		now, err := m.p.messages()
@@ -81,25 +97,20 @@ func (m *meter) stop(n int) error {
 	return nil
 }
 
-// used is the CPU time of this process, of programs that it has run, and of the peer's servers.
-func (m *meter) used() (time.Duration, error) {
-	var programs unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_CHILDREN, &programs); err != nil {
-		return 0, err
+// now is the CPU time of a process, or 0 when it has ended: what mounts may have a child for a moment.
+func (c clock) now() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(c.id, &t); err != nil {
+		return 0
 	}
-	all := programs.Utime.Nano() + programs.Stime.Nano()
-	clocks := []int32{unix.CLOCK_PROCESS_CPUTIME_ID}
-	for _, pid := range m.servers {
-		clocks = append(clocks, int32(^pid<<3|2)) // clock_getcpuclockid(3): that of all its threads, in ns
-	}
-	for _, clock := range clocks {
-		var t unix.Timespec
-		if err := unix.ClockGettime(clock, &t); err != nil {
-			return 0, os.NewSyscallError("clock_gettime", err)
-		}
-		all += t.Nano()
-	}
-	return time.Duration(all), nil
+	return time.Duration(t.Nano())
+}
+
+// programs is the CPU time of those that this process has run.
+func programs() (time.Duration, error) {
+	var r unix.Rusage
+	err := unix.Getrusage(unix.RUSAGE_CHILDREN, &r)
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano()), err
 }
 
 // each calls call n times, from so many threads, and measures that.

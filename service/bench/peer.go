@@ -191,7 +191,9 @@ func detach(dir string) { exec.Command("fusermount3", "-u", "-z", dir).Run() }
 // remount makes every cache of the mount cold. Of a mount that is not ours to make these are the names and attributes that the kernel lets go of.
 func (p *peer) remount(ctx context.Context) error {
 	if p.theirs {
-		unix.Sync() // what is not written is not let go of
+		if err := p.sync(); err != nil {
+			return err
+		}
 		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0); err != nil {
 			return err
 		}
@@ -202,6 +204,15 @@ func (p *peer) remount(ctx context.Context) error {
 		return err
 	}
 	return p.mount(ctx)
+}
+
+// sync writes what the mount keeps: what is not written is not let go of.
+func (p *peer) sync() error {
+	fd, err := unix.Open(p.dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(fd), unix.Close(fd))
 }
 
 // memory is the resident memory of one process, in KiB.
