@@ -32,7 +32,7 @@ type scale struct {
 
 // scales are those of -scale. The small one is for machines that are emulated.
 var scales = map[string]scale{
-	"full":  {Getattrs: 5000, Reads: 5000, Stats: 2000, Creates: 1000, Copies: 2000, Repo: 3000, Small: 2000, Sources: 20, Sequential: 1024},
+	"full":  {Getattrs: 5000, Reads: 5000, Stats: 2000, Creates: 1000, Copies: 2000, Repo: 3000, Small: 1000, Sources: 20, Sequential: 1024},
 	"small": {Getattrs: 1000, Reads: 1000, Stats: 400, Creates: 200, Copies: 200, Repo: 400, Small: 300, Sources: 5, Sequential: 64},
 }
 
