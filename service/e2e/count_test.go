@@ -227,3 +227,20 @@ func TestCounts(t *testing.T) {
 	}
 	unix.Close(direct)
 }
+
+// The kernel reads ahead as far as two of the largest requests reach, as long as root mounts.
+func TestReadAhead(t *testing.T) {
+	r := newRig(t, 0)
+	r.told("", "")
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, r.mnt, 0, 0, &st); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", st.Dev_major, st.Dev_minor))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := strings.TrimSpace(string(b)); got != "2048" {
+		t.Errorf("the kernel reads %s KiB ahead", got)
+	}
+}

@@ -422,7 +422,7 @@ func (m *helperMount) close() {
 }
 
 // readAheadKiB is how far the kernel reads ahead in a file that is read in order: two READs of the largest size, so that
-// one is under way while the other is copied. INIT can't ask for more than the default of 128 KiB.
+// one is under way while the other is copied. The kernel asks INIT for its default of 128 KiB; see initReply.
 const readAheadKiB = 2 * MaxData >> 10
 
 // raiseReadAhead sets the read-ahead of the mount at root, which only root can. Without it the mount is slower.

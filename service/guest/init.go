@@ -17,6 +17,7 @@ const ownerBits = fuse.PASSTHROUGH | fuse.OVER_IO_URING
 // Offsets in INIT's body. They are the same in every minor version that has the field.
 const (
 	initFlags       = 12 // in and out
+	initReadahead   = 8
 	initFlags2In    = 16
 	initMaxWrite    = 20
 	initMaxPages    = 28
@@ -31,6 +32,9 @@ func (p *Pump) initRequest(msg []byte) {
 	clearBits(body, initFlags2In, uint32(ownerBits>>32))
 	if len(body) >= initFlags2In+4 && uint64(binary.LittleEndian.Uint32(body[initFlags:]))&fuse.INIT_EXT != 0 {
 		p.canResend = uint64(binary.LittleEndian.Uint32(body[initFlags2In:]))<<32&fuse.HAS_RESEND != 0
+	}
+	if len(body) >= initReadahead+4 {
+		p.readahead = binary.LittleEndian.Uint32(body[initReadahead:])
 	}
 	p.initUnique = binary.LittleEndian.Uint64(msg[8:])
 }
@@ -60,6 +64,10 @@ func (p *Pump) initReply(msg []byte) error {
 	if len(body) >= initMaxPages+2 && uint64(binary.LittleEndian.Uint32(body[initFlags:]))&fuse.MAX_PAGES != 0 {
 		pages = min(max(1, binary.LittleEndian.Uint16(body[initMaxPages:])), uint16(most/pageSize))
 		binary.LittleEndian.PutUint16(body[initMaxPages:], pages)
+	}
+	// The kernel asks with what it reads ahead by default, and takes the smaller of the reply and what raiseReadAhead has set since.
+	if binary.LittleEndian.Uint32(body[initReadahead:]) >= p.readahead {
+		binary.LittleEndian.PutUint32(body[initReadahead:], readAheadKiB<<10)
 	}
 	p.minor.Store(binary.LittleEndian.Uint32(body[4:]))
 	p.maxReply = max(minReply, int(pages)*pageSize+fuse.OutHeaderSize+headRoom)

@@ -77,6 +77,7 @@ type Pump struct {
 	requestSize int // what a request may need, in bytes; grows once, at INIT's reply
 	maxReply    int
 	initUnique  uint64
+	readahead   uint32 // that the kernel asked for
 	canResend   bool
 	in          []byte // from the stream; from start to end it was read and is not yet written
 	start, end  int
