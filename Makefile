@@ -22,7 +22,7 @@ SYSCONFDIR := /etc
 ZSHDIR     := zsh/vendor-completions
 
 .DEFAULT_GOAL := help
-.PHONY: help build man install demo test test-vm test-vm-all soak bench fuzz lint dist deb deb-forky rpm clean
+.PHONY: help build man install demo test test-vm test-vm-all soak bench scale fuzz lint dist deb deb-forky rpm clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,11 @@ soak: ## host and guests change one tree at random in six modes, SOAK (5m) each,
 bench: ## time transfused, bindfs, sshfs, go-fuse and a floor in C side by side on one tree, and judge it
 	@.ci/deps fuse3 bindfs sshfs openssh-sftp-server gcc libc6-dev git
 	$(GO) run ./service/bench -check
+
+SCALE ?= 1000000
+scale: ## what guests, mounts, files and SCALE (1000000) inodes cost, and how fair the host is to a guest beside one that floods
+	@.ci/deps fuse3 util-linux
+	TRANSFUSED_SCALE=$(SCALE) $(GO) test -count 1 -timeout 0 -v -run '^Test(Scale|Fair)$$' ./service/e2e
 
 FUZZTIME ?= 30s
 fuzz: ## run each fuzz target for FUZZTIME (30s)

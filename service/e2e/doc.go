@@ -13,5 +13,7 @@
 //   - TestSoak changes one tree from all sides at random for half a second in each mode, and for as long as TRANSFUSED_SOAK says; TRANSFUSED_SEED repeats
 //     the choices of a run, though not which of two was faster. With TRANSFUSED_RACE the programs are built with the race detector; then
 //     a worker is not walled in completely. make soak does both for half an hour.
+//   - TestScale tells what each thing costs that a guest can have many of, in bytes and descriptors, and bounds it: with 20,000 inodes, or as many
+//     as TRANSFUSED_SCALE says. With that, TestFair measures what guests notice of another one that floods. make scale does both with 1,000,000.
 //   - POSIX in full is fstest's matter on a mount of version 2; others run it with a smaller large directory.
 package e2e

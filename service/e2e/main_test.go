@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
-	if os.Getenv(suiteEnv) != "" {
+	if os.Getenv(suiteEnv)+os.Getenv(floodEnv) != "" {
 		return m.Run()
 	}
 	if os.Geteuid() != 0 {

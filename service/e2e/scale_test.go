@@ -111,12 +111,12 @@ func (u usage) row(table *tabwriter.Writer, n int, format string, a ...any) {
 	fmt.Fprintln(table)
 }
 
-// vms starts a host that n VMs can reach, each by a socket of its own, as those of Firecracker do.
-func (r *rig) vms(n int) *program {
+// vms starts a host that n VMs can reach, each by a socket of its own, as those of Firecracker do. The i-th mounts export(i).
+func (r *rig) vms(n int, export func(i int) string) *program {
 	r.t.Helper()
-	args := []string{"--allow-unprivileged-guests", "--export", "code=" + r.export + ",guests=any"}
+	args := []string{"--allow-unprivileged-guests"}
 	for i := range n {
-		args = append(args, "--listen", fmt.Sprintf("hybrid:%s/vm%d.sock:1524", r.dir, i))
+		args = append(args, "--listen", fmt.Sprintf("hybrid:%s/vm%d.sock:1524", r.dir, i), "--export", fmt.Sprintf("code%d=%s,guests=any", i, export(i)))
 	}
 	host := r.start("transfuse-host", args...)
 	host.awaitTimes("listening", n)
@@ -129,7 +129,7 @@ func (r *rig) vm(i, mounts int, cpus string) (dirs []string) {
 	args := []string{"-c", cpus, filepath.Join(bin, "transfused"), "--server", fmt.Sprintf("unix:%s/vm%d.sock_1524", r.dir, i), "--socket", "none"}
 	for j := range mounts {
 		dirs = append(dirs, filepath.Join(r.dir, fmt.Sprintf("mnt%d-%d", i, j)))
-		args = append(args, "--mount", "code="+dirs[j])
+		args = append(args, "--mount", fmt.Sprintf("code%d=%s", i, dirs[j]))
 	}
 	r.startCommand("transfused", exec.Command("taskset", args...))
 	for _, dir := range dirs {
@@ -141,7 +141,7 @@ func (r *rig) vm(i, mounts int, cpus string) (dirs []string) {
 // scaleMounts finds out what guests cost, from some with one mount and some with many.
 func scaleMounts(r *rig, table *tabwriter.Writer) {
 	const guests, mounts = 8, 8
-	host := r.vms(2 * guests)
+	host := r.vms(2*guests, func(int) string { return r.export })
 	begin := measure()
 	for i := range guests {
 		r.vm(i, 1, "0-1023")
@@ -189,23 +189,29 @@ func (r *rig) memory() {
 	})
 }
 
-// perDir is how many files a directory of scaleInodes has.
-const perDir = 1000
+const (
+	perDir       = 1000 // files in a directory of scaleInodes
+	scaleThreads = 4    // that use them
+)
+
+// scaleName is the path of the i-th file in dir.
+func scaleName(root, dir string, i int) string {
+	return filepath.Join(root, dir, fmt.Sprintf("%04d", i/perDir), fmt.Sprintf("file%06d", i))
+}
 
 // scaleInodes finds out what inodes cost, of which a guest knows n, and how much of that is given back.
 func scaleInodes(r *rig, n int, who string, table *tabwriter.Writer) {
 	t := r.t
 	r.memory()
 	dirs, files, opened := n/50, n, n/200
-	const threads = 4
 	many := func(root, dir string, count int, each func(path string) error) {
 		t.Helper()
 		var all sync.WaitGroup
-		for first := range threads {
+		for first := range scaleThreads {
 			all.Go(func() {
 				r.as(func() {
-					for i := first; i < count && !t.Failed(); i += threads {
-						if err := each(filepath.Join(root, dir, fmt.Sprintf("%04d", i/perDir), fmt.Sprintf("file%06d", i))); err != nil {
+					for i := first; i < count && !t.Failed(); i += scaleThreads {
+						if err := each(scaleName(root, dir, i)); err != nil {
 							t.Error(err)
 						}
 					}
@@ -255,28 +261,16 @@ func scaleInodes(r *rig, n int, who string, table *tabwriter.Writer) {
 		last, begun = now, time.Now()
 		return grown
 	}
-	var open []int
-	var mu sync.Mutex
-	many(r.mnt, "f", opened, func(path string) error {
-		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		mu.Lock()
-		open = append(open, fd)
-		mu.Unlock()
-		return err
-	})
+	release := r.hold("f", opened, unix.O_RDONLY)
 	step(opened, "an open file, with its inode")
-	for _, fd := range open {
-		unix.Close(fd)
-	}
+	release()
 	many(r.mnt, "d", dirs, func(path string) error {
 		_, err := os.ReadDir(path)
 		return err
 	})
 	step(dirs, "a directory that was looked into")
-	many(r.mnt, "f", files, func(path string) error {
-		var st unix.Stat_t
-		return unix.Lstat(path, &st)
-	})
+	// To look is all that O_PATH does, and what somebody holds the kernel does not forget when it is short of memory.
+	release = r.hold("f", files, unix.O_PATH)
 	step(files, "a cached inode")
 	// An attribute that is not there needs a descriptor of the inode, and costs one request.
 	many(r.mnt, "f", files, func(path string) error {
@@ -291,6 +285,7 @@ func scaleInodes(r *rig, n int, who string, table *tabwriter.Writer) {
 		t.Errorf("an inode costs the host %d bytes", each)
 	}
 
+	release()
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -307,17 +302,55 @@ func scaleInodes(r *rig, n int, who string, table *tabwriter.Writer) {
 	}
 }
 
-// as runs f as the rig's user.
-func (r *rig) as(f func()) {
-	cred := r.attr.Credential
-	if cred == nil {
-		f()
-		return
+// hold opens n files of dir in the mount, until release is called. They are more than a process may have: each thread of those that do it has
+// descriptors of its own.
+func (r *rig) hold(dir string, n, flags int) (release func()) {
+	r.t.Helper()
+	const most = 10_000 // of a thread
+	var opened, closed sync.WaitGroup
+	turns, end := make(chan bool, scaleThreads), make(chan bool)
+	for first := 0; first < n; first += most {
+		opened.Add(1)
+		closed.Go(func() {
+			r.as(func() {
+				turns <- true
+				var fds []int
+				err := unix.Unshare(unix.CLONE_FILES)
+				for i := first; err == nil && i < min(first+most, n); i++ {
+					var fd int
+					if fd, err = unix.Open(scaleName(r.mnt, dir, i), flags|unix.O_CLOEXEC, 0); err == nil {
+						fds = append(fds, fd)
+					}
+				}
+				if err != nil {
+					r.t.Error(err)
+				}
+				<-turns
+				opened.Done()
+				<-end
+				for _, fd := range fds {
+					unix.Close(fd)
+				}
+			})
+		})
 	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and the thread ends with the goroutine
+	opened.Wait()
+	release = sync.OnceFunc(func() { close(end); closed.Wait() })
+	r.t.Cleanup(release)
+	if r.t.Failed() {
+		r.t.FailNow()
+	}
+	return release
+}
+
+// as runs f as the rig's user, on a thread of its own.
+func (r *rig) as(f func()) {
+	aside(func() {
+		cred := r.attr.Credential
+		if cred == nil {
+			f()
+			return
+		}
 		for _, call := range []uintptr{unix.SYS_SETRESGID, unix.SYS_SETRESUID} {
 			if _, _, errno := syscall.RawSyscall(call, uintptr(cred.Uid), uintptr(cred.Uid), uintptr(cred.Uid)); errno != 0 {
 				r.t.Error(errno)
@@ -325,6 +358,21 @@ func (r *rig) as(f func()) {
 			}
 		}
 		f()
+	})
+}
+
+// aside runs f on a thread that ends with it. That is not the process's first one, which would go on with what f did to it.
+func aside(f func()) {
+	done := make(chan bool)
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		if unix.Gettid() != os.Getpid() {
+			f()
+			return
+		}
+		aside(f)
+		runtime.UnlockOSThread()
 	}()
 	<-done
 }
