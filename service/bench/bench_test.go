@@ -324,7 +324,7 @@ func TestArguments(t *testing.T) {
 	for _, b := range wanted(config{Cases: []string{"warm", "getattr"}}) {
 		got = append(got, b.name)
 	}
-	if want := []string{"warmstat", "warmgit", "getattr"}; !slices.Equal(got, want) {
+	if want := []string{"warmstat", "warmfind", "warmgit", "getattr"}; !slices.Equal(got, want) {
 		t.Errorf("a group and a case: %v, want %v", got, want)
 	}
 	for _, name := range groupNames() {

@@ -51,6 +51,7 @@ var cases = []bench{
 	{name: "warmstat", group: "warm", what: "stat of each file of a tree, warm", unit: micros, run: warmStat(1), warm: true},
 	{name: "warmstat8", group: "threads", what: "warmstat by 8 threads", unit: micros, run: warmStat(8), warm: true, maxRuns: 3},
 	{name: "warmstat64", group: "threads", what: "warmstat by 64 threads", unit: micros, run: warmStat(64), warm: true, maxRuns: 3},
+	{name: "warmfind", group: "warm", what: "find over a tree of packages, warm", unit: seconds, run: find, warm: true, maxRuns: 3, needs: []string{"find"}},
 	{name: "warmgit", group: "warm", what: "git status, warm", unit: seconds, run: gitStatus, warm: true, maxRuns: 3, needs: []string{"git"}, in: "repo"},
 
 	{name: "getattr", group: "calls", what: "statx AT_STATX_FORCE_SYNC", unit: micros, run: getattr},
