@@ -33,6 +33,8 @@ type config struct {
 	Runs  int
 	Scale scale
 	Stale time.Duration // how long before a warm round all was done once
+
+	Sockets string // where ours among Dirs tells what it counts; "" if it does not
 }
 
 // stale is when names and attributes are no longer good for peers that keep them for one second.
@@ -70,6 +72,8 @@ func run(ctx context.Context) error {
 	cases := flag.String("cases", "", "comma-separated `cases`, or groups of them ("+strings.Join(groupNames(), ", ")+"); default: all of "+strings.Join(caseNames(), ","))
 	peers := flag.String("peers", strings.Join(peerNames, ","), "comma-separated `peers` to measure")
 	dirs := flag.String("dirs", "", "measure these, comma-separated `NAME=DIR`, which are mounted already and show what -make-tree makes, instead of peers")
+	count := flag.Bool("count", false, "count what the kernel asks in the one directory of -dirs, instead of measuring")
+	sockets := flag.String("sockets", "", "`directory` of guest-control.sock and metrics.sock of the mount of ours that -count is about: they tell what of it goes to the host")
 	treeDir := flag.String("make-tree", "", "make the tree in this `directory`, and end")
 	scaleName := flag.String("scale", "full", "how much each case does: `small or full`")
 	jsonFile := flag.String("json", "", "write the figures to this `file`, too")
@@ -79,7 +83,7 @@ func run(ctx context.Context) error {
 	check := flag.Bool("check", false, "exit with 1 when something is worse than it must be at least")
 	flag.Parse()
 
-	c := config{Bin: *bin, Runs: *runs, Stale: stale}
+	c := config{Bin: *bin, Runs: *runs, Stale: stale, Sockets: *sockets}
 	var ok bool
 	if c.Scale, ok = scales[*scaleName]; !ok {
 		return fmt.Errorf("-scale: small or full, not %q", *scaleName)
@@ -99,6 +103,9 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if *count && len(c.Dirs) != 1 {
+		return errors.New("-count: it needs -dirs with one directory")
+	}
 	modes := []string{onOneCPU, free}
 	c.Cases = groupNames()
 	if *cases != "" {
@@ -109,6 +116,9 @@ func run(ctx context.Context) error {
 	if c.Dirs != nil {
 		modes = []string{free} // their servers are where they are
 		c.Cases = able(c)
+		if *count {
+			modes = nil
+		}
 	}
 	if err := requirements(c); err != nil {
 		return err
@@ -161,8 +171,10 @@ func run(ctx context.Context) error {
 		}
 		r.Modes = append(r.Modes, *res)
 	}
-	if c.Dirs == nil && slices.Contains(c.Peers, ours) {
-		c.Peers, c.Runs = []string{ours}, 1
+	if *count || c.Dirs == nil && slices.Contains(c.Peers, ours) {
+		if c.Runs = 1; c.Dirs == nil {
+			c.Peers = []string{ours}
+		}
 		res, err := measure(ctx, counted, c)
 		if err != nil {
 			return err

@@ -43,6 +43,7 @@ type peer struct {
 	dir    string // where the peer shows it
 	theirs bool   // somebody else has mounted it
 	told   bool   // it counts messages, and tells them
+	traced traced // of a mount that is theirs: what was asked up to now
 	procs  []*process
 }
 
@@ -99,7 +100,12 @@ func (p *peer) commands() [][]string {
 	return nil
 }
 
-func (p *peer) sock(name string) string { return filepath.Join(p.c.Dir, name+".sock") }
+func (p *peer) sock(name string) string {
+	if p.theirs {
+		return filepath.Join(p.c.Sockets, name+".sock")
+	}
+	return filepath.Join(p.c.Dir, name+".sock")
+}
 
 // mount starts the peer and waits for its mount.
 func (p *peer) mount(ctx context.Context) error {

@@ -174,7 +174,11 @@ func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 			}
 			lines = append(lines, []string{c.Case, strings.Join(ops, ", "), fmt.Sprintf("%.2f", c.Sent)})
 		}
-		fmt.Fprintf(w, "\nrequests of %s; the daemon in the guest answers some by itself\n\n", ours)
+		who := ours
+		if len(r.Modes) == 0 {
+			who = r.Peers[0]
+		}
+		fmt.Fprintf(w, "\nrequests of %s; the daemon in the guest answers some of ours by itself\n\n", who)
 		table(w, lines)
 	}
 	if len(r.Floors) > 0 {
