@@ -22,7 +22,7 @@ SYSCONFDIR := /etc
 ZSHDIR     := zsh/vendor-completions
 
 .DEFAULT_GOAL := help
-.PHONY: help build man install demo test test-vm test-vm-all soak bench scale fuzz lint dist deb deb-forky rpm clean
+.PHONY: help build man install demo test test-vm test-vm-all soak bench bench-vm scale fuzz lint dist deb deb-forky rpm clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,10 @@ soak: ## host and guests change one tree at random in six modes, SOAK (5m) each,
 bench: ## time transfused, bindfs, sshfs, go-fuse and a floor in C side by side on one tree, and judge it
 	@.ci/deps fuse3 bindfs sshfs openssh-sftp-server gcc libc6-dev git
 	$(GO) run ./service/bench -check
+
+bench-vm: ## time a mount in the VM beside virtiofs and the guest's disk: tables, and dist/bench-vm.md and .json; ten minutes
+	@.ci/deps debootstrap e2fsprogs util-linux debian-archive-keyring git
+	unshare --mount $(GO) test -tags vm -count 1 -timeout 30m -v -run '^TestBench$$' ./service/vmtest -report $(abspath $(DIST)) -check
 
 SCALE ?= 1000000
 scale: ## what guests, mounts, files and SCALE (1000000) inodes cost, and how fair the host is to a guest beside one that floods

@@ -8,6 +8,8 @@
 // TestVM has each way to mount, over virtio-vsock and vsock loopback, in the default mode of the caches; TestCaches the other modes, what a warm tree costs beside
 // virtiofs and the guest's own disk, and who is woken by the host's edits; TestService and TestService252 the packages.
 //
+// TestBench is no test: make bench-vm runs it, and README.md tells what it found.
+//
 // A VM to try things in, with a root shell on its serial console (Ctrl-a x ends it):
 //
 //	go run ./service/vmtest/run [-share DIR] [-suite RELEASE] [PROGRAM…]

@@ -22,6 +22,7 @@ const scriptTime = 8 * time.Minute
 // lab is the VM with our programs in it.
 type lab struct {
 	vm    *VM
+	tools string     // the tree of what the VM runs with
 	bin   string     // folder of this machine with transfused, transfuse-host and fstest.test
 	built chan error // one value when bin is filled
 }
@@ -32,7 +33,7 @@ func newLab(t *testing.T, c Config) *lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &lab{bin: t.TempDir(), built: make(chan error, 1)}
+	l := &lab{tools: filepath.Join(images.Tools, "root"), bin: t.TempDir(), built: make(chan error, 1)}
 	go func() { l.built <- l.build(t.Context()) }()
 	begin := time.Now()
 	l.vm, err = Boot(t.Context(), images, c)

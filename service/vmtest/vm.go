@@ -22,9 +22,12 @@ const (
 	notifyPort = 2223 // where the guest's systemd says READY=1
 )
 
+// Caches are the modes of virtiofsd's --cache, and the names by which virtiofs offers Config.Share.
+var Caches = []string{"auto", "always", "never"}
+
 // Config says how to boot. The zero value is a VM for tests.
 type Config struct {
-	Share       string // a folder of this machine that virtiofs offers to the guest: as "auto" and as "always", after virtiofsd's --cache; "" for none
+	Share       string // a folder of this machine that virtiofs offers to the guest, by the names of Caches; "" for none
 	Memory      int    // MiB; 0: 1024
 	Interactive bool   // the VM's serial console is this program's terminal
 
@@ -101,7 +104,7 @@ func Boot(ctx context.Context, im *Images, c Config) (_ *VM, err error) {
 		args = append(args, "-smbios", fmt.Sprintf("type=11,value=io.systemd.credential.binary:%s=%s", name, base64.StdEncoding.EncodeToString([]byte(text))))
 	}
 	if c.Share != "" {
-		for _, cache := range []string{"auto", "always"} {
+		for _, cache := range Caches {
 			err := vm.serve(ctx, room, cache+".sock", "virtiofsd", "--socket-path="+room.path(cache+".sock"), "--shared-dir=/share", "--sandbox=none", "--cache="+cache)
 			if err != nil {
 				return nil, err

@@ -14,7 +14,7 @@ import (
 )
 
 func main() {
-	share := flag.String("share", "", "offer this `folder` by virtiofs: mount -t virtiofs auto /mnt, or always, after virtiofsd's --cache")
+	share := flag.String("share", "", "offer this `folder` by virtiofs: mount -t virtiofs auto /mnt; or always or never, after virtiofsd's --cache")
 	suite := flag.String("suite", vmtest.Trixie, "the Debian `release` of the guest: "+vmtest.Trixie+" or "+vmtest.Bookworm)
 	flag.Usage = func() {
 		fmt.Fprintln(flag.CommandLine.Output(), "usage: run [-share DIR] [-suite RELEASE] [PROGRAM…]: boots a VM with the programs in its /usr/local/bin")
