@@ -200,7 +200,7 @@ func (p *peer) remount(ctx context.Context) error {
 		if err := p.sync(); err != nil {
 			return err
 		}
-		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0); err != nil {
+		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
 			return err
 		}
 		time.Sleep(forgetting)
