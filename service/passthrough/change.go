@@ -57,7 +57,8 @@ type caching struct {
 	closed bool
 	done   chan struct{} // closed when nothing is told any more; nil before the first channel
 
-	absences absences
+	absences  absences
+	unsettled map[uint64]struct{} // nodes, by settle
 
 	led led // of who tells
 }
@@ -170,12 +171,38 @@ func (fs *FS) Changed(changes []watch.Change) {
 	}
 }
 
-// tellWrittenBack has the guest's kernel ask for the times of a file whose pages it has written back, those of a mapping. After any other write it
-// takes no attributes from the reply to a request that began before it; after one of these it does, and would keep old times as long as they live.
-// With a writeback cache the times are its own.
-func (fs *FS) tellWrittenBack(n *node) {
-	if fs.c.Cache != CacheNone && !fs.c.Writeback {
-		fs.caching.add(change{op: watch.Attrib, node: n.id, quiet: true})
+// settleTime is how long after a change of the guest's own it may be told to ask again what it has changed.
+const settleTime = 100 * time.Millisecond
+
+// settle has the guest's kernel ask for the attributes of a node again, a moment after it has changed it by names in a directory, or by writing
+// back pages of a mapping. After any other change it does not believe a reply to a request that began before; these do not raise the version that it tells that by
+// (fuse_dir_changed and fuse_writepage_end in fs/fuse), so that it may believe old times as long as they live.
+func (fs *FS) settle(id uint64) {
+	if fs.c.Cache == CacheNone {
+		return
+	}
+	c := &fs.caching
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.done == nil || c.closed {
+		return
+	}
+	if len(c.unsettled) == 0 {
+		c.unsettled = map[uint64]struct{}{}
+		time.AfterFunc(settleTime, fs.settled)
+	}
+	c.unsettled[id] = struct{}{}
+}
+
+// settled tells what settle was asked to tell.
+func (fs *FS) settled() {
+	c := &fs.caching
+	c.mu.Lock()
+	nodes := c.unsettled
+	c.unsettled = nil
+	c.mu.Unlock()
+	for id := range nodes {
+		c.add(change{op: watch.Attrib, node: id, quiet: true})
 	}
 }
 

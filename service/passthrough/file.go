@@ -156,8 +156,8 @@ func opWrite(r *request) fuse.Errno {
 		return e
 	}
 	r.fs.reportFile(watch.Modify, h.node)
-	if in.WriteFlags&fuse.WRITE_CACHE != 0 {
-		r.fs.tellWrittenBack(h.node)
+	if in.WriteFlags&fuse.WRITE_CACHE != 0 && !r.fs.c.Writeback { // whose times are the kernel's own
+		r.fs.settle(r.hdr.NodeID)
 	}
 	return reply(r, &fuse.WriteOut{Size: uint32(n)})
 }

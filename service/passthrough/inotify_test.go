@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -312,7 +313,10 @@ func TestWatchedDirsOwn(t *testing.T) {
 		p.marks++
 		name := fmt.Sprint("mark", p.marks)
 		must(t, unix.Mknod(p.host(name), unix.S_IFREG, 0))
-		if got := p.until(fmt.Sprintf("act %d %s", ActMknod, name)); !cmp.Equal(got[:len(got)-2], more) && len(got)-2+len(more) > 0 {
+		got := p.until(fmt.Sprintf("act %d %s", ActMknod, name))
+		// A moment after changes of its own the guest is told to ask for attributes again: see settle.
+		got = slices.DeleteFunc(got, regexp.MustCompile(`^inode \d+$`).MatchString)
+		if !cmp.Equal(got[:len(got)-2], more) && len(got)-2+len(more) > 0 {
 			t.Errorf("%s: %s", what, got)
 		}
 	}

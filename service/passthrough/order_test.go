@@ -396,40 +396,60 @@ func TestMappedChild(t *testing.T) {
 	must(t, unix.Msync(b, unix.MS_SYNC))
 }
 
-// What a reply tells of a file's times is not believed if the guest's kernel has written back pages of it since the host looked.
-func TestOrderOfMappedWrite(t *testing.T) {
-	for mode, name := range map[CacheMode]string{CacheAlways: "always", CacheCoherent: "coherent"} {
-		t.Run(name, func(t *testing.T) {
-			o := newOrdered(t, Config{Cache: mode})
+// What a reply tells of times is not believed if the guest has changed something since the host looked: a directory, or a file by writing back pages of it.
+func TestOrderOfOwnChanges(t *testing.T) {
+	for _, c := range []struct {
+		what   string
+		mode   CacheMode
+		change func(t *testing.T, mnt string) (begin func() error)
+	}{
+		{"f", CacheAlways, mapped}, {"f", CacheCoherent, mapped}, {".", CacheAlways, makes}, {".", CacheCoherent, makes},
+	} {
+		t.Run(fmt.Sprintf("%s in mode %d", c.what, c.mode), func(t *testing.T) {
+			o := newOrdered(t, Config{Cache: c.mode})
 			must(t, os.WriteFile(filepath.Join(o.dir, "f"), []byte("old"), 0o644))
-			f := filepath.Join(o.mnt, "f")
-			changer := exec.Command("/proc/self/exe", "-test.run=^TestMappedChild$")
-			changer.Env = append(os.Environ(), mappedEnv+"="+f)
-			in, err := changer.StdinPipe()
-			must(t, err)
-			out, err := changer.StdoutPipe()
-			must(t, err)
-			must(t, changer.Start())
-			_, err = io.ReadFull(out, make([]byte, len("mapped\n")))
-			must(t, err)
-
+			change := c.change(t, o.mnt)
 			o.hold(fuse.OpGetattr, false)
-			look := exec.Command("stat", "--cached=never", "-c", "%y", f)
+			look := exec.Command("stat", "--cached=never", "-c", "%y", filepath.Join(o.mnt, c.what))
 			must(t, look.Start())
 			o.await("the reply", func() bool { return len(o.replies) > 0 })
-			in.Close()
-			must(t, changer.Wait())
+			o.mu.Lock()
+			o.holdOp = 0 // but for this one
+			o.mu.Unlock()
+			must(t, change())
 			o.await("a notification", func() bool { return o.came > 0 && o.done == o.came })
 			o.hold(0, false)
 			must(t, look.Wait())
 			const times = "stat -c '%y %z' "
-			here, err := exec.Command("sh", "-c", times+filepath.Join(o.dir, "f")).Output()
+			here, err := exec.Command("sh", "-c", times+filepath.Join(o.dir, c.what)).Output()
 			must(t, err)
-			there, err := exec.Command("sh", "-c", times+f).Output()
+			there, err := exec.Command("sh", "-c", times+filepath.Join(o.mnt, c.what)).Output()
 			must(t, err)
 			if string(here) != string(there) {
-				t.Errorf("the host's file has the times %s, and the guest's %s", here, there)
+				t.Errorf("the host has the times %s, and the guest %s", here, there)
 			}
 		})
 	}
+}
+
+// mapped has a process map f and change it; the change is to write that back.
+func mapped(t *testing.T, mnt string) func() error {
+	changer := exec.Command("/proc/self/exe", "-test.run=^TestMappedChild$")
+	changer.Env = append(os.Environ(), mappedEnv+"="+filepath.Join(mnt, "f"))
+	in, err := changer.StdinPipe()
+	must(t, err)
+	out, err := changer.StdoutPipe()
+	must(t, err)
+	must(t, changer.Start())
+	_, err = io.ReadFull(out, make([]byte, len("mapped\n")))
+	must(t, err)
+	return func() error {
+		in.Close()
+		return changer.Wait()
+	}
+}
+
+// makes has a process that makes a directory.
+func makes(t *testing.T, mnt string) func() error {
+	return exec.Command("mkdir", filepath.Join(mnt, "made")).Run
 }

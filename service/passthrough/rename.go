@@ -83,6 +83,7 @@ func (fs *FS) notThere(dir *node, name cname) {
 
 // reportRename tells of a rename. moved is what is under the new name, if the guest knows it.
 func (r *request) reportRename(from *node, oldname cname, to *node, newname cname, moved *node, flags uint32) {
+	r.fs.settle(to.id)
 	if r.fs.c.Dirs != nil {
 		from.told.Store(0)
 		to.told.Store(0)

@@ -266,6 +266,8 @@ func (s *stream) answer(r *request, op *op, keep bool) {
 	}
 	if e != 0 {
 		r.out = r.out[:fuse.OutHeaderSize]
+	} else if op.names {
+		s.fs.settle(r.hdr.NodeID)
 	}
 	var first []byte
 	switch {
