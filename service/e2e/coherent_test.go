@@ -367,7 +367,7 @@ func (c *changer) step() error {
 			if n -= s.times; n >= 0 {
 				continue
 			}
-			err := s.do(c, p)
+			err := whileMapped(s.name == "map", func() error { return s.do(c, p) })
 			switch {
 			case err == nil:
 				c.log = append(c.log, s.name+" "+p[len(c.dir):])
@@ -378,6 +378,21 @@ func (c *changer) step() error {
 			break
 		}
 	}
+}
+
+// mapping is held while something is stored through a mapping, and shared by all other changes. What is stored behind the end that a file has
+// meanwhile is nothing that anybody may rely on: FUSE keeps it in the guest's page, where it shows when the file grows again, and the host never gets it.
+var mapping sync.RWMutex
+
+func whileMapped(maps bool, do func() error) error {
+	if maps {
+		mapping.Lock()
+		defer mapping.Unlock()
+	} else {
+		mapping.RLock()
+		defer mapping.RUnlock()
+	}
+	return do()
 }
 
 // readers look at random names of a tree in every way until stop is closed. What no reader may see is told.
