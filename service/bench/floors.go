@@ -15,6 +15,7 @@ type floor struct {
 	Pass    bool
 	Goal    string `json:",omitempty"`
 	Reached bool   `json:",omitempty"`
+	Target  bool   `json:",omitempty"` // -check does not ask for it
 }
 
 const (
@@ -86,13 +87,13 @@ func (j *judge) oldFloors(row row) {
 func (j *judge) targets(m modeResult, row row) {
 	x := row.ratio(ours, cFloor)
 	if slices.Contains(thanFloor, row.Case) && !math.IsNaN(x) {
-		j.add(floor{fmt.Sprintf("%s: at most %v times %s", row.Case, must, cFloor), fmt.Sprintf("%.2f times", x), x <= must, fmt.Sprintf("%v times", goal), x <= goal})
+		j.add(floor{fmt.Sprintf("%s: at most %v times %s", row.Case, must, cFloor), fmt.Sprintf("%.2f times", x), x <= must, fmt.Sprintf("%v times", goal), x <= goal, true})
 	}
 	if row.Unit == rate && !math.IsNaN(x) {
 		s, b := row.ratio(ours, "sshfs"), row.ratio(ours, "bindfs")
 		j.add(floor{fmt.Sprintf("%s: at least %.0f %% of %s, faster than sshfs", row.Case, 100*mustRate, cFloor),
 			fmt.Sprintf("%.0f %%; of sshfs %.0f %%, of bindfs %.0f %%", 100/x, 100/s, 100/b), 1/x >= mustRate && !(s >= 1),
-			fmt.Sprintf("%.0f %%, faster than bindfs", 100*goalRate), 1/x >= goalRate && b < 1})
+			fmt.Sprintf("%.0f %%, faster than bindfs", 100*goalRate), 1/x >= goalRate && b < 1, true})
 	}
 	if slices.Contains(budgets, row.Case) {
 		j.budget(m, row)
@@ -102,7 +103,7 @@ func (j *judge) targets(m modeResult, row row) {
 	if row.Case == "getattr" && !math.IsNaN(ping+own+theirs) {
 		most, want := theirs+mustCPU*ping, theirs+goalCPU*ping
 		j.add(floor{fmt.Sprintf("getattr: CPU at most bindfs + %v round trips of 80 bytes (%s)", mustCPU, micros.figure(ping)),
-			micros.figure(own) + ", at most " + micros.figure(most), own <= most, micros.figure(want), own <= want})
+			micros.figure(own) + ", at most " + micros.figure(most), own <= most, micros.figure(want), own <= want, true})
 	}
 }
 
@@ -135,7 +136,7 @@ func (j *judge) budget(m modeResult, row row) {
 		return
 	}
 	j.add(floor{fmt.Sprintf("%s: at most bindfs + %v times the relay in C for each of %.2f messages", row.Case, must, sent),
-		row.figure(ours) + ", at most " + row.Unit.figure(most), own <= most, row.Unit.figure(want), own <= want})
+		row.figure(ours) + ", at most " + row.Unit.figure(most), own <= most, row.Unit.figure(want), own <= want, true})
 }
 
 // threads compares what is done in the same time.
@@ -144,14 +145,14 @@ func (j *judge) threads(m modeResult) {
 		one, more := median(m.row(names[0]).Rounds[ours]), median(m.row(names[1]).Rounds[ours])
 		if x := one / more; !math.IsNaN(x) {
 			j.add(floor{Text: fmt.Sprintf("%s, %s: more is done in the same time than in %s", names[1], free, names[0]),
-				Got: fmt.Sprintf("%.2f times as much", x), Pass: x > 1})
+				Got: fmt.Sprintf("%.2f times as much", x), Pass: x > 1, Target: true})
 		}
 	}
 }
 
 func (j *judge) memory(m modeResult) {
 	for _, p := range m.Idle {
-		j.add(floor{Text: fmt.Sprintf("memory of %s (%d), idle: under %d MiB", p.Process, p.PID, maxIdle>>10), Got: mebibytes(p.RSS), Pass: p.RSS < maxIdle})
+		j.add(floor{Text: fmt.Sprintf("memory of %s (%d), idle: under %d MiB", p.Process, p.PID, maxIdle>>10), Got: mebibytes(p.RSS), Pass: p.RSS < maxIdle, Target: true})
 	}
 	for _, p := range m.Loaded {
 		j.add(floor{Text: fmt.Sprintf("memory of %s (%d): under %d MiB", p.Process, p.PID, maxResident>>10), Got: mebibytes(p.RSS), Pass: p.RSS < maxResident})

@@ -185,7 +185,12 @@ func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 		lines := [][]string{{"", "at least, on one CPU if not said otherwise", "measured", "goal", ""}}
 		for _, f := range r.Floors {
 			word, reached := "PASS", ""
-			if !f.Pass {
+			switch {
+			case f.Target && f.Pass:
+				word = "target met"
+			case f.Target:
+				word = "target missed"
+			case !f.Pass:
 				word = "MISS"
 			}
 			if f.Reached {
