@@ -66,7 +66,7 @@ func TestProbe(t *testing.T) {
 	told := make(chan string)
 	mu.Lock()
 	wg.Go(func() {
-		w.Run(ctx, 80*time.Millisecond, func() {}, func(s string) {
+		w.Run(ctx, 400*time.Millisecond, func() {}, func(s string) {
 			select {
 			case told <- s:
 			case <-ctx.Done():
@@ -92,7 +92,7 @@ func TestRun(t *testing.T) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		w.Run(ctx, 80*time.Millisecond, func() {
+		w.Run(ctx, 400*time.Millisecond, func() {
 			select {
 			case fed <- struct{}{}:
 			case <-ctx.Done():
@@ -114,7 +114,7 @@ func TestRun(t *testing.T) {
 		t.Error("fed while a loop is stuck")
 	case text := <-told:
 		t.Errorf("told again: %s", text)
-	case <-time.After(100 * time.Millisecond): // nothing happens: there is no event to wait for
+	case <-time.After(500 * time.Millisecond): // nothing happens: there is no event to wait for
 	}
 	l.Enter(WaitKernel)
 	<-fed
