@@ -93,6 +93,7 @@ type mount struct {
 	watched string      // how changes on the host are seen
 	stood   bool        // its notify channel came: the guest had mounted it
 	reason  wire.Reason // why it ended, if the guest said so
+	why     string      // why drop ends it
 	counts  passthrough.Counts
 	timeout *time.Timer // until its first stream came
 }
@@ -445,13 +446,14 @@ func (ss *session) passStream(m *mount, c *transport.Conn, reply bool) error {
 func (ss *session) drop(m *mount, why string) {
 	ss.mu.Lock()
 	w, there := ss.worker, ss.mounts[m.id] == m
+	m.why = cmp.Or(m.why, why) // the worker may be the first to say that it ended
 	ss.mu.Unlock()
 	if !there {
 		return
 	}
 	// The worker may be dead, and then the session ends.
 	_ = w.unmount(m.id)
-	ss.mountEnded(m.id, why)
+	ss.mountEnded(m.id, "")
 }
 
 // watchLimited notes that the worker can't watch all directories.
@@ -478,11 +480,12 @@ func (ss *session) streamLost(id uint32, number uint64, text string) {
 }
 
 // mountEnded forgets a mount, whose streams are closed. An empty text says
-// that it ended in order.
+// that it ended in order, or as drop has noted.
 func (ss *session) mountEnded(id uint32, text string) {
 	ss.mu.Lock()
 	m, w := ss.mounts[id], ss.worker
 	if m != nil {
+		text = cmp.Or(m.why, text)
 		ss.endLocked(m)
 		ss.settleLocked()
 	}
