@@ -286,14 +286,14 @@ func TestInotify(t *testing.T) {
 	t.Run("own changes", func(t *testing.T) {
 		r := newRig(t, 0)
 		local := filepath.Join(r.dir, "local")
-		// A directory that is made here may be gone before it is watched.
+		// A directory that is made and removed here may be gone before it is watched.
 		for _, dir := range []string{local, r.export} {
 			if err := os.MkdirAll(filepath.Join(dir, "dir"), 0o755); err != nil {
 				t.Fatal(err)
 			}
 		}
 		r.told("", "")
-		const edit = "echo a >file; echo b >>file; chmod 600 file; mv file new; mv new dir; rm -r dir; echo c >file; rm file"
+		const edit = "echo a >file; echo b >>file; chmod 600 file; mv file new; mv new dir; rm -r dir; echo c >file; rm file; mkdir made"
 		want, _ := see(t, local, local, edit, nil)
 		w := watchTree(t, r.mnt)
 		script(t, r.mnt, edit)
