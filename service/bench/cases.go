@@ -338,6 +338,9 @@ func seqWrite(_ context.Context, p *peer, round int, m *meter) error {
 	}
 	defer os.Remove(name)
 	n := p.c.Scale.Sequential
+	if err := present(2 * n * block); err != nil {
+		return err
+	}
 	if err := m.start(); err != nil {
 		return err
 	}
@@ -349,6 +352,16 @@ func seqWrite(_ context.Context, p *peer, round int, m *meter) error {
 	}
 	// The close belongs to it: peers that write behind must have written.
 	return errors.Join(unix.Close(fd), m.stop(n))
+}
+
+// present has so much free memory that the machine really has. What is free in a VM its host takes back (free page reporting), and finds
+// anew for whoever touches it next: here at 0.5 GB/s instead of 3.
+func present(size int) error {
+	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	if err != nil {
+		return os.NewSyscallError("mmap", err)
+	}
+	return os.NewSyscallError("munmap", unix.Munmap(b))
 }
 
 func seqRead(_ context.Context, p *peer, _ int, m *meter) error {
@@ -363,6 +376,9 @@ func seqRead(_ context.Context, p *peer, _ int, m *meter) error {
 	}
 	buf := make([]byte, block)
 	n := p.c.Scale.Sequential
+	if err := present(n * block); err != nil {
+		return err
+	}
 	if err := m.start(); err != nil {
 		return err
 	}
