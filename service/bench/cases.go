@@ -14,21 +14,14 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-)
 
-// unit says how a figure is to be read.
-type unit string
-
-const (
-	micros  unit = "µs"   // for each operation, less is better
-	seconds unit = "s"    // less is better
-	rate    unit = "MB/s" // more is better
+	"transfused.org/transfused/service/bench/figures"
 )
 
 // bench is one case.
 type bench struct {
 	name, group, what string
-	unit              unit
+	unit              figures.Unit
 	run               func(ctx context.Context, p *peer, round int, m *meter) error
 	cold              bool     // a new mount for each round
 	warm              bool     // done before each round, too, and more than a second before it
@@ -40,35 +33,35 @@ type bench struct {
 // cases: those with a new mount come first, so that the processes that are
 // looked at for their memory at the end have had all other loads.
 var cases = []bench{
-	{name: "coldstat", group: "cold", what: "stat of each file of a tree, cold", unit: micros, run: coldStat(1), cold: true},
-	{name: "coldstat8", group: "threads", what: "coldstat by 8 threads", unit: micros, run: coldStat(8), cold: true, maxRuns: 3},
-	{name: "coldstat64", group: "threads", what: "coldstat by 64 threads", unit: micros, run: coldStat(64), cold: true, maxRuns: 3},
-	{name: "find", group: "cold", what: "find over a tree of packages, cold", unit: seconds, run: find, cold: true, needs: []string{"find"}},
-	{name: "lslR", group: "cold", what: "ls -lR of it, cold", unit: seconds, run: list, cold: true, needs: []string{"ls"}},
-	{name: "tar", group: "cold", what: "tar -c of it, cold", unit: seconds, run: tarUp, cold: true, maxRuns: 3, needs: []string{"tar"}},
-	{name: "gitstatus", group: "cold", what: "git status, cold", unit: seconds, run: gitStatus, cold: true, needs: []string{"git"}, in: "repo"},
+	{name: "coldstat", group: "cold", what: "stat of each file of a tree, cold", unit: figures.Micros, run: coldStat(1), cold: true},
+	{name: "coldstat8", group: "threads", what: "coldstat by 8 threads", unit: figures.Micros, run: coldStat(8), cold: true, maxRuns: 3},
+	{name: "coldstat64", group: "threads", what: "coldstat by 64 threads", unit: figures.Micros, run: coldStat(64), cold: true, maxRuns: 3},
+	{name: "find", group: "cold", what: "find over a tree of packages, cold", unit: figures.Seconds, run: find, cold: true, needs: []string{"find"}},
+	{name: "lslR", group: "cold", what: "ls -lR of it, cold", unit: figures.Seconds, run: list, cold: true, needs: []string{"ls"}},
+	{name: "tar", group: "cold", what: "tar -c of it, cold", unit: figures.Seconds, run: tarUp, cold: true, maxRuns: 3, needs: []string{"tar"}},
+	{name: "gitstatus", group: "cold", what: "git status, cold", unit: figures.Seconds, run: gitStatus, cold: true, needs: []string{"git"}, in: "repo"},
 
-	{name: "warmstat", group: "warm", what: "stat of each file of a tree, warm", unit: micros, run: warmStat(1), warm: true},
-	{name: "warmstat8", group: "threads", what: "warmstat by 8 threads", unit: micros, run: warmStat(8), warm: true, maxRuns: 3},
-	{name: "warmstat64", group: "threads", what: "warmstat by 64 threads", unit: micros, run: warmStat(64), warm: true, maxRuns: 3},
-	{name: "warmfind", group: "warm", what: "find over a tree of packages, warm", unit: seconds, run: find, warm: true, maxRuns: 3, needs: []string{"find"}},
-	{name: "warmgit", group: "warm", what: "git status, warm", unit: seconds, run: gitStatus, warm: true, maxRuns: 3, needs: []string{"git"}, in: "repo"},
+	{name: "warmstat", group: "warm", what: "stat of each file of a tree, warm", unit: figures.Micros, run: warmStat(1), warm: true},
+	{name: "warmstat8", group: "threads", what: "warmstat by 8 threads", unit: figures.Micros, run: warmStat(8), warm: true, maxRuns: 3},
+	{name: "warmstat64", group: "threads", what: "warmstat by 64 threads", unit: figures.Micros, run: warmStat(64), warm: true, maxRuns: 3},
+	{name: "warmfind", group: "warm", what: "find over a tree of packages, warm", unit: figures.Seconds, run: find, warm: true, maxRuns: 3, needs: []string{"find"}},
+	{name: "warmgit", group: "warm", what: "git status, warm", unit: figures.Seconds, run: gitStatus, warm: true, maxRuns: 3, needs: []string{"git"}, in: "repo"},
 
-	{name: "getattr", group: "calls", what: "statx AT_STATX_FORCE_SYNC", unit: micros, run: getattr},
-	{name: "read4k", group: "calls", what: "random 4 KiB read, O_DIRECT", unit: micros, run: read4k(1)},
-	{name: "read4k8", group: "threads", what: "read4k by 8 threads", unit: micros, run: read4k(8), maxRuns: 3},
-	{name: "read4k64", group: "threads", what: "read4k by 64 threads", unit: micros, run: read4k(64), maxRuns: 3},
-	{name: "randwrite4k", group: "calls", what: "random 4 KiB write, O_DIRECT", unit: micros, run: randWrite, maxRuns: 3},
-	{name: "create", group: "calls", what: "open(O_CREAT|O_EXCL) and close", unit: micros, run: create},
-	{name: "unlink", group: "calls", what: "unlink of these", unit: micros, run: unlink},
-	{name: "fsmark", group: "calls", what: "create, write 4 KiB, fsync, close", unit: micros, run: fsMark},
-	{name: "mdtest", group: "calls", what: "mkdir, stat and rmdir", unit: micros, run: mdTest},
+	{name: "getattr", group: "calls", what: "statx AT_STATX_FORCE_SYNC", unit: figures.Micros, run: getattr},
+	{name: "read4k", group: "calls", what: "random 4 KiB read, O_DIRECT", unit: figures.Micros, run: read4k(1)},
+	{name: "read4k8", group: "threads", what: "read4k by 8 threads", unit: figures.Micros, run: read4k(8), maxRuns: 3},
+	{name: "read4k64", group: "threads", what: "read4k by 64 threads", unit: figures.Micros, run: read4k(64), maxRuns: 3},
+	{name: "randwrite4k", group: "calls", what: "random 4 KiB write, O_DIRECT", unit: figures.Micros, run: randWrite, maxRuns: 3},
+	{name: "create", group: "calls", what: "open(O_CREAT|O_EXCL) and close", unit: figures.Micros, run: create},
+	{name: "unlink", group: "calls", what: "unlink of these", unit: figures.Micros, run: unlink},
+	{name: "fsmark", group: "calls", what: "create, write 4 KiB, fsync, close", unit: figures.Micros, run: fsMark},
+	{name: "mdtest", group: "calls", what: "mkdir, stat and rmdir", unit: figures.Micros, run: mdTest},
 
-	{name: "cp", group: "programs", what: "cp -a of a tree into it", unit: seconds, run: copyFiles, maxRuns: 3, needs: []string{"cp"}},
-	{name: "untar", group: "programs", what: "tar -x of the tree of packages", unit: seconds, run: untar, maxRuns: 3, needs: []string{"tar"}},
-	{name: "build", group: "programs", what: "tar -x of a small program in C, make", unit: seconds, run: compile, maxRuns: 3, needs: []string{"tar", "make", "gcc"}},
-	{name: "seqwrite", group: "sequential", what: "write in blocks of 1 MiB", unit: rate, run: seqWrite, maxRuns: 3},
-	{name: "seqread", group: "sequential", what: "read in blocks of 1 MiB, cold", unit: rate, run: seqRead, maxRuns: 3},
+	{name: "cp", group: "programs", what: "cp -a of a tree into it", unit: figures.Seconds, run: copyFiles, maxRuns: 3, needs: []string{"cp"}},
+	{name: "untar", group: "programs", what: "tar -x of the tree of packages", unit: figures.Seconds, run: untar, maxRuns: 3, needs: []string{"tar"}},
+	{name: "build", group: "programs", what: "tar -x of a small program in C, make", unit: figures.Seconds, run: compile, maxRuns: 3, needs: []string{"tar", "make", "gcc"}},
+	{name: "seqwrite", group: "sequential", what: "write in blocks of 1 MiB", unit: figures.Rate, run: seqWrite, maxRuns: 3},
+	{name: "seqread", group: "sequential", what: "read in blocks of 1 MiB, cold", unit: figures.Rate, run: seqRead, maxRuns: 3},
 }
 
 func caseNames() (names []string) {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 	"slices"
+	"strings"
 )
 
 // slack is how many times, and by how much, a count may differ from run to run: what several threads or programs ask for
@@ -38,7 +39,7 @@ func compare(w io.Writer, table func(io.Writer, [][]string), before, now report)
 		for _, row := range m.Rows {
 			line := []string{row.Case, row.What}
 			for _, p := range peers {
-				line = append(line, thenAndNow(before.Modes[i].row(row.Case).ratio(ours, p), row.ratio(ours, p)))
+				line = append(line, thenAndNow(before.Modes[i].row(row.Case).Ratio(ours, p), row.Ratio(ours, p)))
 			}
 			lines = append(lines, line)
 		}
@@ -65,9 +66,6 @@ func compare(w io.Writer, table func(io.Writer, [][]string), before, now report)
 }
 
 func thenAndNow(then, now float64) string {
-	s := "-"
-	if !math.IsNaN(then) {
-		s = fmt.Sprintf("%.2f", then)
-	}
-	return fmt.Sprintf("%s → %.2f", s, now)
+	s := fmt.Sprintf("%.2f → %.2f", then, now)
+	return strings.ReplaceAll(s, "NaN", "-")
 }

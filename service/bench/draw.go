@@ -79,7 +79,7 @@ svg { background: #0d1117; fill: #e6edf3 }
 		y := topEdge + i*rowHeight
 		text(leftEdge-10, y+(rowHeight-rowGap)/2+4, "end", "", row.Case)
 		for k, p := range peers {
-			ratio := row.ratio(ours, p)
+			ratio := row.Ratio(ours, p)
 			if math.IsNaN(ratio) || ratio <= 0 {
 				continue
 			}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math"
 	"slices"
+
+	"transfused.org/transfused/service/bench/figures"
 )
 
 // floor is a promise about our figures, and perhaps what we want beyond it.
@@ -71,26 +73,26 @@ func floors(r report) []floor {
 
 // oldFloors are those that were reached before there were targets.
 func (j *judge) oldFloors(row row) {
-	if x := row.ratio(ours, "bindfs"); row.Case == "getattr" && !math.IsNaN(x) {
+	if x := row.Ratio(ours, "bindfs"); row.Case == "getattr" && !math.IsNaN(x) {
 		j.add(floor{Text: fmt.Sprintf("getattr: at most %d times bindfs", maxGetattrRatio), Got: fmt.Sprintf("%.2f times", x), Pass: x <= maxGetattrRatio})
 	}
-	if x := row.ratio(ours, "sshfs"); slices.Contains(thanSSHFS, row.Case) && !math.IsNaN(x) {
+	if x := row.Ratio(ours, "sshfs"); slices.Contains(thanSSHFS, row.Case) && !math.IsNaN(x) {
 		j.add(floor{Text: row.Case + ": faster than sshfs", Got: fmt.Sprintf("%.2f times its cost", x), Pass: x < 1})
 	}
-	if row.Unit == rate {
-		x := median(row.Rounds[ours])
-		j.add(floor{Text: fmt.Sprintf("%s: at least %d MB/s", row.Case, minSequential), Got: row.figure(ours), Pass: x >= minSequential})
+	if row.Unit == figures.Rate {
+		x := figures.Median(row.Rounds[ours])
+		j.add(floor{Text: fmt.Sprintf("%s: at least %d MB/s", row.Case, minSequential), Got: row.Figure(ours), Pass: x >= minSequential})
 	}
 }
 
 // targets compare with the floor in C, and with what it says of a message's cost.
 func (j *judge) targets(m modeResult, row row) {
-	x := row.ratio(ours, cFloor)
+	x := row.Ratio(ours, cFloor)
 	if slices.Contains(thanFloor, row.Case) && !math.IsNaN(x) {
 		j.add(floor{fmt.Sprintf("%s: at most %v times %s", row.Case, must, cFloor), fmt.Sprintf("%.2f times", x), x <= must, fmt.Sprintf("%v times", goal), x <= goal, true})
 	}
-	if row.Unit == rate && !math.IsNaN(x) {
-		s, b := row.ratio(ours, "sshfs"), row.ratio(ours, "bindfs")
+	if row.Unit == figures.Rate && !math.IsNaN(x) {
+		s, b := row.Ratio(ours, "sshfs"), row.Ratio(ours, "bindfs")
 		j.add(floor{fmt.Sprintf("%s: at least %.0f %% of %s, faster than sshfs", row.Case, 100*mustRate, cFloor),
 			fmt.Sprintf("%.0f %%; of sshfs %.0f %%, of bindfs %.0f %%", 100/x, 100/s, 100/b), 1/x >= mustRate && !(s >= 1),
 			fmt.Sprintf("%.0f %%, faster than bindfs", 100*goalRate), 1/x >= goalRate && b < 1, true})
@@ -98,12 +100,12 @@ func (j *judge) targets(m modeResult, row row) {
 	if slices.Contains(budgets, row.Case) {
 		j.budget(m, row)
 	}
-	ping := median(m.PingPong)
-	own, theirs := median(row.CPU[ours]), median(row.CPU["bindfs"])
+	ping := figures.Median(m.PingPong)
+	own, theirs := figures.Median(row.CPU[ours]), figures.Median(row.CPU["bindfs"])
 	if row.Case == "getattr" && !math.IsNaN(ping+own+theirs) {
 		most, want := theirs+mustCPU*ping, theirs+goalCPU*ping
-		j.add(floor{fmt.Sprintf("getattr: CPU at most bindfs + %v round trips of 80 bytes (%s)", mustCPU, micros.figure(ping)),
-			micros.figure(own) + ", at most " + micros.figure(most), own <= most, micros.figure(want), own <= want, true})
+		j.add(floor{fmt.Sprintf("getattr: CPU at most bindfs + %v round trips of 80 bytes (%s)", mustCPU, figures.Micros.Format(ping)),
+			figures.Micros.Format(own) + ", at most " + figures.Micros.Format(most), own <= most, figures.Micros.Format(want), own <= want, true})
 	}
 }
 
@@ -116,7 +118,7 @@ func (m modeResult) relay() float64 {
 	for i := range min(len(there), len(here)) {
 		v = append(v, there[i]-here[i])
 	}
-	return median(v)
+	return figures.Median(v)
 }
 
 // budget lets a case cost what bindfs needs, and what the messages of ours cost the floor in C, with a margin.
@@ -127,22 +129,22 @@ func (j *judge) budget(m modeResult, row row) {
 	}
 	sent := j.r.Counts[i].Sent
 	relay := m.relay() * sent // for each operation
-	if row.Unit == seconds {
+	if row.Unit == figures.Seconds {
 		relay *= float64(row.N) / 1e6
 	}
-	own, theirs := median(row.Rounds[ours]), median(row.Rounds["bindfs"])
+	own, theirs := figures.Median(row.Rounds[ours]), figures.Median(row.Rounds["bindfs"])
 	most, want := theirs+must*relay, theirs+goal*relay
 	if math.IsNaN(own + most) {
 		return
 	}
 	j.add(floor{fmt.Sprintf("%s: at most bindfs + %v times the relay in C for each of %.2f messages", row.Case, must, sent),
-		row.figure(ours) + ", at most " + row.Unit.figure(most), own <= most, row.Unit.figure(want), own <= want, true})
+		row.Figure(ours) + ", at most " + row.Unit.Format(most), own <= most, row.Unit.Format(want), own <= want, true})
 }
 
 // threads compares what is done in the same time.
 func (j *judge) threads(m modeResult) {
 	for _, names := range withMore {
-		one, more := median(m.row(names[0]).Rounds[ours]), median(m.row(names[1]).Rounds[ours])
+		one, more := figures.Median(m.row(names[0]).Rounds[ours]), figures.Median(m.row(names[1]).Rounds[ours])
 		if x := one / more; !math.IsNaN(x) {
 			j.add(floor{Text: fmt.Sprintf("%s, %s: more is done in the same time than in %s", names[1], free, names[0]),
 				Got: fmt.Sprintf("%.2f times as much", x), Pass: x > 1, Target: true})

@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/bench/figures"
 )
 
 // config is what the measuring processes get, on their standard input.
@@ -163,7 +165,7 @@ func run(ctx context.Context) error {
 		defer undo()
 	}
 
-	r := report{Host: machine(), Scale: *scaleName, Peers: c.Peers}
+	r := report{Host: figures.Machine(), Scale: *scaleName, Peers: c.Peers}
 	for _, mode := range modes {
 		res, err := measure(ctx, mode, c)
 		if err != nil {
@@ -184,12 +186,12 @@ func run(ctx context.Context) error {
 	r.Floors = floors(r)
 	var text, marked, drawn bytes.Buffer
 	r.print(&text, table)
-	r.print(&marked, markdown)
+	r.print(&marked, figures.Markdown)
 	r.draw(&drawn)
 	var more int
 	if before != nil {
 		more = compare(&text, table, *before, r)
-		compare(&marked, markdown, *before, r)
+		compare(&marked, figures.Markdown, *before, r)
 	}
 	figures, err := json.MarshalIndent(r, "", "\t")
 	if err != nil {

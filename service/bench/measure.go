@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/bench/figures"
 )
 
 // How everything is measured.
@@ -143,11 +145,11 @@ func (m *meter) each(threads, n int, call func(thread, i int) error) error {
 }
 
 // figure is what was measured, in the unit of the case.
-func (m *meter) figure(u unit) float64 {
+func (m *meter) figure(u figures.Unit) float64 {
 	switch u {
-	case micros:
+	case figures.Micros:
 		return float64(m.took.Nanoseconds()) / 1e3 / float64(m.n)
-	case seconds:
+	case figures.Seconds:
 		return m.took.Seconds()
 	}
 	return float64(m.n) * block / 1e6 / m.took.Seconds()
@@ -184,7 +186,7 @@ func measureAll(ctx context.Context, mode string, c config) (res *modeResult, er
 				}
 			}
 		}
-		row := row{Case: b.name, What: b.what, Unit: b.unit, Rounds: map[string][]float64{}, CPU: map[string][]float64{}}
+		row := row{Row: figures.Row{Case: b.name, What: b.what, Unit: b.unit, Rounds: map[string][]float64{}}, CPU: map[string][]float64{}}
 		runs := c.Runs
 		if b.maxRuns > 0 {
 			runs = min(runs, b.maxRuns)

@@ -12,17 +12,18 @@ import (
 	"strings"
 
 	"transfused.org/transfused/service/admin"
+
+	"transfused.org/transfused/service/bench/figures"
 )
 
-// messages are what passed a mount of ours, each as often as it did in all, or for each operation of a case.
+// messages are what passed a mount so far.
 type messages struct {
-	Sent  float64            // requests that went to the host and were answered by it
-	Asked map[string]float64 // requests of the kernel that were answered, by the guest's daemon itself or by the host
-	said  float64            // those that nobody answers: FORGET and the like; how many they are is a matter of time
+	figures.Messages
+	said float64 // requests that nobody answers: FORGET and the like; how many they are is a matter of time
 }
 
 func (m messages) less(before messages) messages {
-	d := messages{Sent: m.Sent - before.Sent, said: m.said - before.said, Asked: map[string]float64{}}
+	d := messages{figures.Messages{Sent: m.Sent - before.Sent, Asked: map[string]float64{}}, m.said - before.said}
 	for op, n := range m.Asked {
 		if n -= before.Asked[op]; n > 0 {
 			d.Asked[op] = n
@@ -32,8 +33,8 @@ func (m messages) less(before messages) messages {
 	return d
 }
 
-func (m messages) each(n int) *messages {
-	e := &messages{Sent: m.Sent / float64(n), Asked: map[string]float64{}}
+func (m messages) each(n int) *figures.Messages {
+	e := &figures.Messages{Sent: m.Sent / float64(n), Asked: map[string]float64{}}
 	for op, all := range m.Asked {
 		e.Asked[op] = all / float64(n)
 	}

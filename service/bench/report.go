@@ -5,14 +5,10 @@ package main
 import (
 	"fmt"
 	"io"
-	"maps"
-	"math"
-	"os"
-	"runtime"
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"transfused.org/transfused/service/bench/figures"
 )
 
 // report is everything that was measured, as -json writes it.
@@ -32,20 +28,17 @@ type modeResult struct {
 	Idle, Loaded []memory  // of our processes, one mount
 }
 
-// row is a case; Rounds are the figures of each peer in the order measured.
+// row is a case, with what is known of ours, or of all.
 type row struct {
-	Case, What string
-	Unit       unit
-	N          int // operations of a round
-	Rounds     map[string][]float64
-	CPU        map[string][]float64 // µs of CPU for each operation, of who asks and who serves
-	Messages   *messages            `json:",omitempty"` // of ours, for each operation
+	figures.Row
+	CPU      map[string][]float64 // µs of CPU for each operation, of who asks and who serves
+	Messages *figures.Messages    `json:",omitempty"` // of ours, for each operation
 }
 
 // count is what a case asks of ours.
 type count struct {
 	Case string
-	messages
+	figures.Messages
 }
 
 func counts(m modeResult) (all []count) {
@@ -67,49 +60,12 @@ func (m modeResult) row(name string) row {
 	return row{}
 }
 
-func median(v []float64) float64 {
-	if len(v) == 0 {
-		return math.NaN()
-	}
-	s := slices.Sorted(slices.Values(v))
-	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
-}
-
-// ratio is how many times the cost of peer a is that of peer b: the median
-// over rounds. Below 1, a is the faster, whatever the unit.
-func (r row) ratio(a, b string) float64 {
-	var v []float64
-	x, y := r.Rounds[a], r.Rounds[b]
-	for i := range min(len(x), len(y)) {
-		if r.Unit == rate {
-			v = append(v, y[i]/x[i])
-		} else {
-			v = append(v, x[i]/y[i])
-		}
-	}
-	return median(v)
-}
-
 func (r row) line(peers []string) string {
 	s := r.Case
 	for _, p := range peers {
-		s += fmt.Sprintf("  %s %s", p, r.figure(p))
+		s += fmt.Sprintf("  %s %s", p, r.Figure(p))
 	}
 	return s
-}
-
-func (r row) figure(p string) string { return r.Unit.figure(median(r.Rounds[p])) }
-
-func (u unit) figure(v float64) string {
-	switch {
-	case math.IsNaN(v):
-		return "-"
-	case u == seconds:
-		return fmt.Sprintf("%.3f s", v)
-	case u == micros:
-		return fmt.Sprintf("%.1f µs", v)
-	}
-	return fmt.Sprintf("%.0f MB/s", v)
 }
 
 // others are the peers that ours is compared with.
@@ -139,10 +95,10 @@ func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 		for _, row := range m.Rows {
 			line := []string{row.Case, row.What}
 			for _, p := range r.Peers {
-				line = append(line, row.figure(p))
+				line = append(line, row.Figure(p))
 			}
 			for _, p := range others {
-				line = append(line, fmt.Sprintf("%.2f", row.ratio(ours, p)))
+				line = append(line, strings.ReplaceAll(fmt.Sprintf("%.2f", row.Ratio(ours, p)), "NaN", "-"))
 			}
 			lines = append(lines, line)
 		}
@@ -166,13 +122,7 @@ func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 	if len(r.Counts) > 0 {
 		lines := [][]string{{"case", "asked by the kernel for each operation", "messages to the host"}}
 		for _, c := range r.Counts {
-			var ops []string
-			for _, op := range slices.Sorted(maps.Keys(c.Asked)) {
-				if c.Asked[op] >= 0.005 {
-					ops = append(ops, fmt.Sprintf("%s %.2f", op, c.Asked[op]))
-				}
-			}
-			lines = append(lines, []string{c.Case, strings.Join(ops, ", "), fmt.Sprintf("%.2f", c.Sent)})
+			lines = append(lines, []string{c.Case, c.Operations(), fmt.Sprintf("%.2f", c.Sent)})
 		}
 		who := ours
 		if len(r.Modes) == 0 {
@@ -207,12 +157,12 @@ func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 func (m modeResult) printCPU(w io.Writer, peers []string, table func(io.Writer, [][]string)) {
 	lines := [][]string{append([]string{"case", "what"}, peers...)}
 	for _, r := range m.Rows {
-		if r.Unit != micros || len(r.CPU) == 0 {
+		if r.Unit != figures.Micros || len(r.CPU) == 0 {
 			continue
 		}
 		line := []string{r.Case, r.What}
 		for _, p := range peers {
-			line = append(line, micros.figure(median(r.CPU[p])))
+			line = append(line, figures.Micros.Format(figures.Median(r.CPU[p])))
 		}
 		lines = append(lines, line)
 	}
@@ -222,7 +172,7 @@ func (m modeResult) printCPU(w io.Writer, peers []string, table func(io.Writer, 
 	fmt.Fprint(w, "\nCPU time for each operation, of who asks and of all servers\n\n")
 	table(w, lines)
 	if len(m.PingPong) > 0 {
-		fmt.Fprintf(w, "\nof 80 bytes to another process and back, over a Unix socket: %s\n", micros.figure(median(m.PingPong)))
+		fmt.Fprintf(w, "\nof 80 bytes to another process and back, over a Unix socket: %s\n", figures.Micros.Format(figures.Median(m.PingPong)))
 	}
 }
 
@@ -251,33 +201,4 @@ func table(w io.Writer, lines [][]string) {
 		}
 		fmt.Fprintln(w)
 	}
-}
-
-// markdown prints lines as a table of Markdown.
-func markdown(w io.Writer, lines [][]string) {
-	for i, l := range lines {
-		fmt.Fprint(w, "|")
-		for _, cell := range l {
-			fmt.Fprintf(w, " %s |", strings.ReplaceAll(cell, "|", `\|`))
-		}
-		fmt.Fprintln(w)
-		if i == 0 {
-			fmt.Fprintf(w, "|%s\n", strings.Repeat(" --- |", len(l)))
-		}
-	}
-}
-
-// machine names where this was measured.
-func machine() string {
-	var u unix.Utsname
-	unix.Uname(&u)
-	model := runtime.GOARCH
-	b, _ := os.ReadFile("/proc/cpuinfo")
-	for line := range strings.Lines(string(b)) {
-		if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
-			model = strings.TrimSpace(v)
-			break
-		}
-	}
-	return fmt.Sprintf("Linux %s, %d × %s, %s", unix.ByteSliceToString(u.Release[:]), runtime.NumCPU(), model, runtime.Version())
 }

@@ -8,18 +8,18 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
-	"maps"
 	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/bench/figures"
 )
 
 var (
@@ -68,16 +68,9 @@ type benchReport struct {
 
 // benchRow is a case, as service/bench has it in its own report, with what the kernel asked.
 type benchRow struct {
-	Group, Case, What, Unit string
-	N                       int                  // operations of a round
-	Rounds                  map[string][]float64 // by peer
-	Asked                   map[string]messages  `json:",omitempty"` // by peer, but for the disk
-}
-
-// messages are those of one operation of a case.
-type messages struct {
-	Sent  float64            // that went to the host
-	Asked map[string]float64 // by the kernel, by their names in FUSE; the guest's daemon answers some of ours
+	Group string
+	figures.Row
+	Asked map[string]figures.Messages `json:",omitempty"` // for each operation, by peer, but for the disk
 }
 
 // bound is what something must be at most, or should.
@@ -115,7 +108,7 @@ func TestBench(t *testing.T) {
 	l.guest(t, "mkdir -p "+benchDir(disk)+"; bench -scale small -make-tree "+benchDir(disk))
 	host.await(t, "tag=bench") // with all its channels
 
-	r := benchReport{Host: thisMachine(), With: l.versions(t), Begin: time.Now().UTC().Truncate(time.Second), Peers: benched}
+	r := benchReport{Host: figures.Machine(), With: l.versions(t), Begin: time.Now().UTC().Truncate(time.Second), Peers: benched}
 	if out, err := exec.Command("git", "describe", "--always", "--dirty", "--abbrev=12").Output(); err == nil { // there may be no git
 		r.Commit = strings.TrimSpace(string(out))
 	}
@@ -193,16 +186,16 @@ func (l *lab) bench(t *testing.T, g group) (rows []benchRow, machine string) {
 		var counted struct {
 			Counts []struct {
 				Case string
-				messages
+				figures.Messages
 			}
 		}
 		run("-count -sockets "+sockets+" -dirs "+p+"="+benchDir(p), &counted)
 		for _, c := range counted.Counts {
 			i := slices.IndexFunc(rows, func(r benchRow) bool { return r.Case == c.Case })
 			if rows[i].Asked == nil {
-				rows[i].Asked = map[string]messages{}
+				rows[i].Asked = map[string]figures.Messages{}
 			}
-			rows[i].Asked[p] = c.messages
+			rows[i].Asked[p] = c.Messages
 		}
 	}
 	t.Logf("%s: %d cases in %.1f s", g.name, len(rows), time.Since(begin).Seconds())
@@ -220,61 +213,11 @@ func (l *lab) versions(t *testing.T) []string {
 	return append(strings.Split(out, "\n"), accelerator+", 2 CPUs, 2 GiB")
 }
 
-// thisMachine is the host.
-func thisMachine() string {
-	var u unix.Utsname
-	unix.Uname(&u) // never fails
-	model := runtime.GOARCH
-	b, _ := os.ReadFile("/proc/cpuinfo")
-	for line := range strings.Lines(string(b)) {
-		if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
-			model = strings.TrimSpace(v)
-			break
-		}
-	}
-	return fmt.Sprintf("Linux %s, %d × %s", unix.ByteSliceToString(u.Release[:]), runtime.NumCPU(), model)
-}
-
-// ratio is how many times the cost of b is that of a: the median over rounds, in which they took turns.
-func (r benchRow) ratio(a, b string) float64 {
-	var v []float64
-	x, y := r.Rounds[a], r.Rounds[b]
-	for i := range min(len(x), len(y)) {
-		if r.Unit == "MB/s" {
-			v = append(v, y[i]/x[i])
-		} else {
-			v = append(v, x[i]/y[i])
-		}
-	}
-	return middle(v)
-}
-
-func middle(v []float64) float64 {
-	if len(v) == 0 {
-		return math.NaN()
-	}
-	s := slices.Sorted(slices.Values(v))
-	return (s[(len(s)-1)/2] + s[len(s)/2]) / 2
-}
-
-func (r benchRow) figure(peer string) string {
-	v := middle(r.Rounds[peer])
-	switch {
-	case math.IsNaN(v):
-		return "-"
-	case r.Unit == "s":
-		return fmt.Sprintf("%.3f s", v)
-	case r.Unit == "µs" && v < 100:
-		return fmt.Sprintf("%.1f µs", v)
-	}
-	return fmt.Sprintf("%.0f %s", v, r.Unit)
-}
-
 // bounds judges. A tree that was looked at before must cost what it costs on the disk; the rest should cost no more than on virtiofs.
 func bounds(rows []benchRow) (all []bound) {
 	for _, r := range rows {
 		at := func(other string, most float64, must bool) {
-			if x := r.ratio(ours, other); !math.IsNaN(x) {
+			if x := r.Ratio(ours, other); !math.IsNaN(x) {
 				all = append(all, bound{fmt.Sprintf("%s: at most %.1f × %s", r.Case, most, other), fmt.Sprintf("%.2f ×", x), must, math.Round(100*x) <= 100*most})
 			}
 		}
@@ -341,11 +284,11 @@ func (r benchReport) markdown() string {
 			}
 			line := []string{row.Case, row.What}
 			for _, p := range r.Peers {
-				line = append(line, row.figure(p))
+				line = append(line, row.Figure(p))
 			}
 			for _, p := range r.Peers {
 				if p != ours {
-					line = append(line, strings.ReplaceAll(fmt.Sprintf("%.2f", row.ratio(ours, p)), "NaN", "-"))
+					line = append(line, strings.ReplaceAll(fmt.Sprintf("%.2f", row.Ratio(ours, p)), "NaN", "-"))
 				}
 			}
 			lines = append(lines, line)
@@ -354,58 +297,26 @@ func (r benchReport) markdown() string {
 			continue
 		}
 		fmt.Fprintf(&b, "\n## %s\n\n", strings.ToUpper(g.name[:1])+g.name[1:])
-		writeTable(&b, lines)
+		figures.Markdown(&b, lines)
 	}
 
 	lines := [][]string{{"case", "of", "to the host", "by operation"}}
 	for _, row := range r.Rows {
 		for _, p := range r.Peers {
 			if m, ok := row.Asked[p]; ok {
-				lines = append(lines, []string{row.Case, p, fmt.Sprintf("%.2f", m.Sent), m.operations()})
+				lines = append(lines, []string{row.Case, p, fmt.Sprintf("%.2f", m.Sent), m.Operations()})
 			}
 		}
 	}
 	if len(lines) > 1 {
 		fmt.Fprint(&b, "\n## Requests\n\nFor each operation of a case: messages to the host, and what the guest's kernel asked. Our daemon in the guest answers some of it by itself.\n\n")
-		writeTable(&b, lines)
+		figures.Markdown(&b, lines)
 	}
 	lines = [][]string{{"", "bound", "measured"}}
 	for _, x := range r.Bounds {
 		lines = append(lines, []string{x.verdict(), x.Text, x.Got})
 	}
 	fmt.Fprint(&b, "\n## Bounds\n\n")
-	writeTable(&b, lines)
+	figures.Markdown(&b, lines)
 	return b.String()
-}
-
-func (m messages) operations() string {
-	var all []string
-	for _, op := range slices.Sorted(maps.Keys(m.Asked)) {
-		if m.Asked[op] >= 0.005 {
-			all = append(all, fmt.Sprintf("%s %.2f", op, m.Asked[op]))
-		}
-	}
-	return strings.Join(all, ", ")
-}
-
-// writeTable writes a table of Markdown whose columns are aligned for terminals too.
-func writeTable(b *strings.Builder, lines [][]string) {
-	width := make([]int, len(lines[0]))
-	for _, l := range lines {
-		for i, s := range l {
-			width[i] = max(width[i], len([]rune(s)), 3)
-		}
-	}
-	for n, l := range lines {
-		for i, s := range l {
-			fmt.Fprintf(b, "| %s%s ", s, strings.Repeat(" ", width[i]-len([]rune(s))))
-		}
-		b.WriteString("|\n")
-		if n == 0 {
-			for _, w := range width {
-				b.WriteString("| " + strings.Repeat("-", w) + " ")
-			}
-			b.WriteString("|\n")
-		}
-	}
 }
