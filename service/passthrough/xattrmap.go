@@ -5,6 +5,7 @@ package passthrough
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -16,7 +17,7 @@ import (
 type XattrMode int
 
 const (
-	XattrOn   XattrMode = iota // the host's; the guest's trusted.* are user.transfuse.trusted.* on the host
+	XattrOn   XattrMode = iota // the host's, but for its labels (security.*); the guest's trusted.* are user.transfuse.trusted.* on the host
 	XattrUser                  // the host's user.*; the guest's others are user.transfuse.*: for servers without privilege
 	XattrOff                   // none: the guest's kernel stops asking
 )
@@ -55,8 +56,12 @@ const (
 // A symbolic link can't have user.*, so setting trusted.* on one of the guest's answers EPERM, as Linux does for user.* itself.
 // An overlayfs of the guest passes over EPERM when it copies a link up (since Linux 5.11); of EOPNOTSUPP it would conclude
 // that its whole upper layer has no attributes, and refuse opaque directories from then on. cp -a passes over both.
+//
+// The labels of the host's security modules (security.selinux, security.ima) are about the host. The guest has no security.* but capabilities,
+// and is told that there are none at all: ls -l asks for one of each file, until it hears that.
 var (
 	trustedRule = XattrRule{"trusted.", "user.transfuse.trusted."}
+	onRules     = []XattrRule{trustedRule, {capability, capability}, {"security.", ""}}
 	userRules   = []XattrRule{trustedRule, {"security.", "user.transfuse.security."}}
 )
 
@@ -67,13 +72,11 @@ type xattrNames struct {
 }
 
 func newXattrNames(mode XattrMode, rules []XattrRule, acl bool) *xattrNames {
-	x := &xattrNames{rules: append([]XattrRule(nil), rules...), acl: acl}
+	own := onRules
 	if mode == XattrUser {
-		x.rules = append(x.rules, userRules...)
-	} else {
-		x.rules = append(x.rules, trustedRule)
+		own = userRules
 	}
-	return x
+	return &xattrNames{rules: slices.Concat(rules, own), acl: acl}
 }
 
 // toHost appends the host's name for one of the guest's to b. EOPNOTSUPP: there are no such attributes

@@ -24,14 +24,14 @@ func TestXattrNames(t *testing.T) {
 	}{
 		{"on", XattrOn, nil, false,
 			map[string]any{
-				"user.a": "user.a", "security.selinux": "security.selinux", "trusted.overlay.opaque": "user.transfuse.trusted.overlay.opaque",
+				"user.a": "user.a", "security.selinux": unix.EOPNOTSUPP, "security.capability": "security.capability", "trusted.overlay.opaque": "user.transfuse.trusted.overlay.opaque",
 				"user.transfuse.trusted.overlay.opaque": unix.EPERM, "system.posix_acl_access": unix.EOPNOTSUPP,
 				"system.nfs4_acl": unix.EOPNOTSUPP, "": unix.ERANGE, "user." + strings.Repeat("x", 251): unix.ERANGE,
 				"trusted." + long: unix.ERANGE,
 			},
 			map[string]string{
 				"user.a": "user.a", "user.transfuse.trusted.b": "trusted.b", "trusted.c": "", "system.posix_acl_access": "",
-				"system.nfs4_acl": "", "security.capability": "security.capability",
+				"system.nfs4_acl": "", "security.capability": "security.capability", "security.ima": "",
 			}},
 		{"user", XattrUser, nil, true,
 			map[string]any{
@@ -41,8 +41,8 @@ func TestXattrNames(t *testing.T) {
 			map[string]string{
 				"user.transfuse.security.selinux": "security.selinux", "security.selinux": "", "system.posix_acl_default": "system.posix_acl_default",
 			}},
-		{"rules come first", XattrOn, []XattrRule{{"user.secret.", ""}, {"user.", "user.vm."}, {"trusted.", "user.t."}}, false,
-			map[string]any{"user.secret.a": unix.EOPNOTSUPP, "user.a": "user.vm.a", "trusted.a": "user.t.a", "security.a": "security.a"},
+		{"rules come first", XattrOn, []XattrRule{{"user.secret.", ""}, {"user.", "user.vm."}, {"trusted.", "user.t."}, {"security.a", "security.a"}}, false,
+			map[string]any{"user.secret.a": unix.EOPNOTSUPP, "user.a": "user.vm.a", "trusted.a": "user.t.a", "security.a": "security.a", "security.b": unix.EOPNOTSUPP},
 			map[string]string{"user.vm.a": "user.a", "user.t.a": "trusted.a", "user.a": "", "user.vm.secret.a": "", "user.secret.a": ""}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
