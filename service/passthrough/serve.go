@@ -222,8 +222,8 @@ func (s *stream) serve(r *request) (mine bool) {
 		op = &ops[r.hdr.Opcode]
 	}
 	if r.hdr.Opcode == fuse.OpDestroy {
+		s.fs.destroyed.Store(true) // before the guest can know that it was told
 		s.answer(r, op, false)
-		s.fs.destroyed.Store(true)
 		s.end()
 		return true
 	}
