@@ -73,6 +73,10 @@
 // other threads, whose LOOKUPs the host answers as anybody's. So the host can tell what it must fake. In version 1 a name
 // that is not there is not worth a line: the host has one removed to see where a path leads.
 //
+// To act costs several calls and requests, and mostly nobody watches. A host of version 2 that has much to be acted asks first, and the helper
+// looks for marks on the mount's file system in what /proc tells of the descriptors of all processes (watched.go): of what was before nobody is to see anything
+// who watches later.
+//
 // # Peers
 //
 // Who dials the socket must have the CID of the configured server, and, for CID 1 which all processes of this machine

@@ -152,6 +152,9 @@ func (h *helperServer) act2(a *actor, e *wire.Event) error {
 	if m == nil {
 		return fmt.Errorf("%w: no mount %d", unix.ENODEV, e.MountID)
 	}
+	if e.Action == wire.ActionWatched {
+		return m.watched()
+	}
 	return m.act(a, e.Action, e.Path, e.NewPath, e.Mode)
 }
 
@@ -353,7 +356,7 @@ func (m *helperMount) newActingRoot() (fd int, cloned bool, err error) {
 }
 
 func actionName(a wire.Action) string {
-	names := []string{"rmdir", "unlink", "mkdir", "symlink", "truncate", "chmod", "mknod", "rename", "close-write"}
+	names := []string{"rmdir", "unlink", "mkdir", "symlink", "truncate", "chmod", "mknod", "rename", "close-write", "watched"}
 	if int(a) < len(names) {
 		return names[a]
 	}

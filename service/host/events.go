@@ -49,6 +49,7 @@ var actions = map[passthrough.ActOp]wire.Action{
 	passthrough.ActRmdir: wire.ActionRmdir, passthrough.ActUnlink: wire.ActionUnlink, passthrough.ActMkdir: wire.ActionMkdir,
 	passthrough.ActSymlink: wire.ActionSymlink, passthrough.ActTruncate: wire.ActionTruncate, passthrough.ActChmod: wire.ActionChmod,
 	passthrough.ActMknod: wire.ActionMknod, passthrough.ActRename: wire.ActionRename, passthrough.ActCloseWrite: wire.ActionCloseWrite,
+	passthrough.ActWatched: wire.ActionWatched,
 }
 
 // Act has the guest make a call, and waits until it is done.

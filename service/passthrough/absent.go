@@ -13,6 +13,7 @@ import (
 type absences struct {
 	now, before map[entryKey]struct{}
 	old         map[entryKey]struct{} // the guest is to be told to forget them; nil: none
+	others      time.Time             // until when the guest may believe it of names that are not remembered
 }
 
 const maxAbsences = 4096
@@ -28,16 +29,19 @@ func (fs *FS) absent(r *request, dir *node, name cname) time.Duration {
 		return 0
 	case fs.c.Dirs == nil && (dir.key.dev != fs.root.key.dev || dir.key.mnt != fs.root.key.mnt):
 		return 0
-	case !fs.expires():
-		return fs.c.TTL // the name may be a directory by now, which must not be forgotten
 	}
 	c := &fs.caching
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	a := &c.absences
+	if !fs.expires() {
+		a.others = time.Now().Add(2 * fs.c.TTL)
+		return fs.c.TTL // the name may be a directory by now, which must not be forgotten
+	}
 	if len(a.now) == maxAbsences {
 		if a.old != nil {
-			return fs.c.TTL // the guest does not keep up
+			a.others = time.Now().Add(2 * fs.c.TTL) // it arrives later than now
+			return fs.c.TTL                         // the guest does not keep up
 		}
 		a.now, a.before, a.old = nil, a.now, a.before
 		c.wake.Signal()
@@ -47,6 +51,16 @@ func (fs *FS) absent(r *request, dir *node, name cname) time.Duration {
 	}
 	a.now[entryKey{dir.id, name.String()}] = struct{}{}
 	return longTTL * time.Second
+}
+
+// believesAbsent tells whether the guest may believe that a name is not there.
+func (c *caching) believesAbsent(k entryKey) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a := &c.absences
+	_, now := a.now[k]
+	_, before := a.before[k]
+	return now || before || a.old != nil || time.Now().Before(a.others)
 }
 
 // tellAbsent tells the guest to ask again about names that it may believe not to be there.

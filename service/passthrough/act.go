@@ -50,6 +50,7 @@ const (
 	ActMknod
 	ActRename
 	ActCloseWrite
+	ActWatched // none: ENODATA if nobody in the guest would see one
 )
 
 // Act has the changes that come acted by a from now on; nil: by nobody.

@@ -72,6 +72,7 @@ type change struct {
 	name, newName string
 	exchange      bool // the rename is half of an exchange of two names
 	quiet         bool // not to be acted
+	strange       bool // of an inode that the guest does not know
 }
 
 // Watched says whether changes on the host come by Changed. Where they do the guest may cache for long.
@@ -162,6 +163,7 @@ func (fs *FS) Changed(changes []watch.Change) {
 		fs.mu.Lock()
 		k := change{op: c.Op, name: c.Name, newName: c.NewName, mode: c.Mode, dir: fs.idOf(c.Dir), newDir: fs.idOf(c.NewDir), node: fs.idOf(c.Inode)}
 		fs.mu.Unlock()
+		k.strange = k.node == 0 && c.Inode.Ino != 0
 		if fs.c.Dirs != nil && fs.comesTwice(&k) {
 			continue // once is enough
 		}
@@ -271,6 +273,7 @@ func (fs *FS) tell() {
 	c := &fs.caching
 	defer close(c.done)
 	var acts []change
+	sure := 0 // for how many more somebody is believed to watch
 	for {
 		c.mu.Lock()
 		for !c.closed && (len(c.queue) == 0 && !c.lost && len(acts) == 0 && (c.absences.old == nil || c.notify == nil) || c.notify == nil && c.actor == nil) {
@@ -305,6 +308,13 @@ func (fs *FS) tell() {
 				acts = withChange(acts, k)
 			}
 		}
+		if len(acts) >= manyActs && sure == 0 {
+			if fs.watched(a) {
+				sure = maxSure
+			} else {
+				acts = nil
+			}
+		}
 		if len(acts) > maxQueue {
 			fs.log.Warn("inotify in the guest does not show everything: more changes on the host than the guest can act", "lost", len(acts))
 			acts = nil
@@ -312,9 +322,21 @@ func (fs *FS) tell() {
 		if len(acts) > 0 {
 			fs.act(a, n, &acts[0])
 			acts = acts[1:]
+			sure = max(0, sure-1)
 		}
 	}
 }
+
+const (
+	// manyActs is how many changes have to wait to be acted before the guest is asked whether anybody is there to see them. It looks at all its processes
+	// for that, which takes as long as to act about as many.
+	manyActs = 32
+	// maxSure is for how many it is not asked again.
+	maxSure = 1024
+)
+
+// watched tells whether somebody in the guest would see what is acted. Who begins to watch later is not to see what was before.
+func (fs *FS) watched(a Actor) bool { return a.Plain() || a.Act(Act{Op: ActWatched}) != unix.ENODATA }
 
 // withChange adds a change to a queue, unless the like of it waits already, and nothing about the same file has come since.
 func withChange(queue []change, k *change) []change {
@@ -347,7 +369,7 @@ func (fs *FS) tellSome(batch []change, n *notifier) {
 			n.inode(k.dir, true)
 			if k.op&(watch.Delete|watch.Rename) == 0 && k.op&watch.IsDir != 0 && fs.isUnder(k.node, k.dir, k.name) {
 				k.quiet = true // the guest has looked already, and may have mounted something there
-			} else {
+			} else if fs.believes(k) {
 				n.entry(k.dir, k.name)
 			}
 		}
@@ -366,6 +388,11 @@ func (fs *FS) tellSome(batch []change, n *notifier) {
 			fs.renamed(&batch[i], false)
 		}
 	}
+}
+
+// believes tells whether the guest may believe anything about the name that a change is about. Most that is made on the host it has never heard of.
+func (fs *FS) believes(k *change) bool {
+	return !k.strange || k.op&watch.Rename != 0 || fs.caching.believesAbsent(entryKey{k.dir, k.name})
 }
 
 // isUnder tells whether a node was last seen under that name, and still is: the host may have given its number to another.

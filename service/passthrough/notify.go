@@ -20,7 +20,10 @@ type notifier struct {
 }
 
 // sent is a notification that was written: of an inode, or of nothing that matters any more.
-type sent struct{ inode uint64 }
+type sent struct {
+	inode uint64
+	data  bool
+}
 
 // Notify has the guest's kernel told of changes over a notify channel, until that ends or another one takes its place. It
 // owns the connection.
@@ -67,13 +70,18 @@ func (n *notifier) inode(id uint64, data bool) {
 	if n == nil || id == 0 {
 		return
 	}
+	for _, s := range n.sent { // a directory in which much is made needs it once for all
+		if s.inode == id && (s.data || !data) {
+			return
+		}
+	}
 	out := fuse.NotifyInvalInodeOut{Ino: id, Off: -1}
 	if data {
 		out.Off = 0 // to its end
 	}
 	n.begin(fuse.NOTIFY_INVAL_INODE, 24)
 	n.buf = fuse.Append(n.buf, &out)
-	n.sent = append(n.sent, sent{id})
+	n.sent = append(n.sent, sent{id, data})
 }
 
 // entry has the kernel forget what a name leads to, or that it leads to nothing.

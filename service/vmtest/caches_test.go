@@ -84,10 +84,10 @@ func testGitStatus(t *testing.T, l *lab, s side, repo string) {
 	clear(took)
 
 	const n = 7
-	before, begin, waited := l.requests(t, "/repo/coherent"), time.Now(), pressure()
+	before, begin, waited := l.requests(t, control, "/repo/coherent"), time.Now(), pressure()
 	rounds(n, "disk", "coherent", "always")
 	waited = (pressure() - waited) / time.Since(begin).Seconds()
-	asked := since(before, l.requests(t, "/repo/coherent"))
+	asked := since(before, l.requests(t, control, "/repo/coherent"))
 	rounds(1, "auto")
 	t.Logf("some process waited for a CPU of this machine for %.0f %% of the time", 100*waited)
 	for _, tree := range []string{"disk", "coherent", "always", "auto"} {
@@ -106,9 +106,9 @@ func testGitStatus(t *testing.T, l *lab, s side, repo string) {
 		t.Errorf("a warm git status asks for %v, in %d times", asked, n)
 	}
 	// One folder is enough to see what it costs without caches.
-	before = l.requests(t, "/repo/none")
+	before = l.requests(t, control, "/repo/none")
 	l.guest(t, "git -C /repo/none --no-optional-locks status dir1")
-	if asked := since(before, l.requests(t, "/repo/none")); asked["GETATTR"]+asked["LOOKUP"] < repoFiles/repoDirs {
+	if asked := since(before, l.requests(t, control, "/repo/none")); asked["GETATTR"]+asked["LOOKUP"] < repoFiles/repoDirs {
 		t.Errorf("without caches git asks for no more than %v about %d files", asked, repoFiles/repoDirs)
 	} else {
 		t.Logf("none asked for %v about %d files", asked, repoFiles/repoDirs)
@@ -128,14 +128,14 @@ func pressure() (s float64) {
 // control is the control socket of a guest that is asked for its requests.
 const control = "/run/caches.sock"
 
-// requests are what the guest's kernel has asked on its mount at dir, by operation.
-func (l *lab) requests(t *testing.T, dir string) map[string]int {
+// requests are what the guest's kernel has asked on its mount at dir, by operation, as the daemon with that control socket has it.
+func (l *lab) requests(t *testing.T, socket, dir string) map[string]int {
 	t.Helper()
 	call := func(method string, in, out any) {
 		t.Helper()
 		text, err := json.Marshal(in)
 		if err == nil {
-			err = json.Unmarshal([]byte(l.guest(t, "varlinkctl call --json=short "+control+" org.transfused.Guest."+method+" "+Quote(string(text)))), out)
+			err = json.Unmarshal([]byte(l.guest(t, "varlinkctl call --json=short "+socket+" org.transfused.Guest."+method+" "+Quote(string(text)))), out)
 		}
 		if err != nil {
 			t.Fatalf("%s: %v", method, err)

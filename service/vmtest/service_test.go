@@ -124,6 +124,7 @@ func TestService(t *testing.T) {
 		{"activation", testActivation},
 		{"configuration", testConfiguration},
 		{"tools", testTools},
+		{"watched", testWatched},
 		{"bus", testBus},
 		{"journal", testJournal},
 		{"mount", testMountHelper},
@@ -279,6 +280,35 @@ func testBus(t *testing.T, r *serviceRig) {
 	r.has(t, "cat /run/monitor", "InterfacesAdded", "InterfacesRemoved", path)
 	// The bus starts it.
 	r.guest(t, "systemctl stop transfused.service; busctl get-property org.transfused1 /org/transfused1 org.transfused1.Manager Version; await mounted /mnt/cred")
+}
+
+// testWatched has the host make much where the guest has looked. It is acted for who watches, and for nobody.
+func testWatched(t *testing.T, r *serviceRig) {
+	const (
+		files   = 1000
+		socket  = "/run/transfuse/control.sock"
+		watched = "/mnt/cred/watched"
+	)
+	dir := filepath.Join(r.dirs["cred"], "watched")
+	r.side.run(t, "mkdir "+dir)
+	for _, c := range []struct {
+		name string
+		to   string // what is watched
+	}{{"a", "/tmp"}, {"b", watched}} {
+		r.guest(t, fmt.Sprintf("find %s; systemd-run --quiet --unit=watch-%[2]s sh -c 'exec inotifywait -m -e create --format %%%%f %[3]s >/run/watch-%[2]s 2>/run/watch-%[2]s.err'; until grep -q established /run/watch-%[2]s.err; do sleep 0.1; done", watched, c.name, c.to))
+		before := r.requests(t, socket, "/mnt/cred")
+		r.side.run(t, fmt.Sprintf("cd %s; for i in $(seq %d); do >%s$i; done", dir, files, c.name))
+		// What comes last is acted last, and for who has begun to watch by then.
+		r.guest(t, fmt.Sprintf("systemd-run --quiet --unit=last-%[1]s sh -c 'exec inotifywait -e create %s --include last-%[1]s 2>/run/last-%[1]s'; until grep -q established /run/last-%[1]s; do sleep 0.1; done", c.name, watched))
+		r.side.run(t, ">"+dir+"/last-"+c.name)
+		r.guest(t, "while systemctl is-active --quiet last-"+c.name+"; do sleep 0.1; done")
+		asked := since(before, r.requests(t, socket, "/mnt/cred"))
+		seen := r.guest(t, "grep -c '^"+c.name+"' /run/watch-"+c.name+" || true; systemctl stop watch-"+c.name)
+		t.Logf("with a watch on %s: %s seen, of %d; asked for %v", c.to, seen, files, asked)
+		if all := c.to == watched; all && seen != fmt.Sprint(files) || !all && asked["MKNOD"] > files/2 {
+			t.Errorf("with a watch on %s %s of %d files are seen, and the guest acts %d", c.to, seen, files, asked["MKNOD"])
+		}
+	}
 }
 
 func testJournal(t *testing.T, r *serviceRig) {

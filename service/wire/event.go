@@ -26,6 +26,7 @@ const (
 	ActionMknod      Action = 6 // version 1: a regular file of mode 0600
 	ActionRename     Action = 7 // version 2: Path to NewPath
 	ActionCloseWrite Action = 8 // version 2: open for writing, and close
+	ActionWatched    Action = 9 // version 2: no call; ENODATA if nobody would see one
 	ActionPing       Action = 128
 )
 

@@ -140,7 +140,7 @@ func TestProtocolConstants(t *testing.T) {
 		}},
 		{"#### Event", "| action | name | what the guest does | what inotify shows |", 0, 1, map[string]int{
 			"ActionRmdir": int(ActionRmdir), "ActionUnlink": int(ActionUnlink), "ActionMkdir": int(ActionMkdir), "ActionSymlink": int(ActionSymlink),
-			"ActionTruncate": int(ActionTruncate), "ActionChmod": int(ActionChmod), "ActionMknod": int(ActionMknod), "ActionRename": int(ActionRename),
+			"ActionTruncate": int(ActionTruncate), "ActionWatched": int(ActionWatched), "ActionChmod": int(ActionChmod), "ActionMknod": int(ActionMknod), "ActionRename": int(ActionRename),
 			"ActionCloseWrite": int(ActionCloseWrite), "ActionPing": int(ActionPing),
 		}},
 		{"#### Init", "| bit | name | meaning |", 0, 1, map[string]int{"FeatureKeep": bits.TrailingZeros64(FeatureKeep)}},
