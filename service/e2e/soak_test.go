@@ -120,7 +120,7 @@ func (s *soak) run(duration time.Duration, seed uint64) {
 	begin := time.Now()
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	for rounds := 0; time.Since(begin) < duration && !t.Failed(); rounds++ {
-		s.mix(10 + rnd.IntN(200))
+		s.mix(1 + rnd.IntN(1<<rnd.IntN(9)))
 		s.compare()
 		if memory == nil && time.Since(begin) > duration/4 {
 			memory = s.counts(resident)

@@ -295,7 +295,7 @@ func testWatched(t *testing.T, r *serviceRig) {
 		name string
 		to   string // what is watched
 	}{{"a", "/tmp"}, {"b", watched}} {
-		r.guest(t, fmt.Sprintf("find %s; systemd-run --quiet --unit=watch-%[2]s sh -c 'exec inotifywait -m -e create --format %%%%f %[3]s >/run/watch-%[2]s 2>/run/watch-%[2]s.err'; until grep -q established /run/watch-%[2]s.err; do sleep 0.1; done", watched, c.name, c.to))
+		r.guest(t, fmt.Sprintf("find %s; systemd-run --quiet --unit=watch-%[2]s sh -c 'exec inotifywait -m -e create --format %%f %[3]s >/run/watch-%[2]s 2>/run/watch-%[2]s.err'; until grep -q established /run/watch-%[2]s.err; do sleep 0.1; done", watched, c.name, c.to))
 		before := r.requests(t, socket, "/mnt/cred")
 		r.side.run(t, fmt.Sprintf("cd %s; for i in $(seq %d); do >%s$i; done", dir, files, c.name))
 		// What comes last is acted last, and for who has begun to watch by then.
