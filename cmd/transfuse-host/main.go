@@ -94,6 +94,7 @@ Options of an export (a comma in a directory is written \,):
   cache=coherent|none|always   what guests keep: changes are told to them (default); nothing; everything, for good
   writeback                    guests write when they like; only with cache=always
   max-open-files=N, max-inodes=N    bounds of one guest's session
+  max-streams=N                connections of one mount, 1 to 4
 
 The configuration is TOML: listen, token-file, allow-unprivileged-guests, control, metrics and debug,
 tables [export.TAG] with dir and the options above, and tables [guest.NAME] with address and mounts. It is

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"math/bits"
 	"slices"
 	"strconv"
 
@@ -72,6 +73,7 @@ func (o *Options) strings() []string {
 	add(o.Writeback, "writeback", "")
 	add(o.MaxOpenFiles > 0, "max-open-files=", o.MaxOpenFiles)
 	add(o.MaxInodes > 0, "max-inodes=", o.MaxInodes)
+	add(o.MaxStreams > 0, "max-streams=", o.MaxStreams)
 	return all
 }
 
@@ -108,12 +110,9 @@ func (ss *session) describe() api.Session {
 	slices.Sort(ids)
 	for _, id := range ids {
 		m := ss.mounts[id]
-		g := api.GuestsMount{Tag: m.export.Tag, Directory: quote(m.dir), ReadOnly: m.export.ReadOnly}
+		g := api.GuestsMount{Tag: m.export.Tag, Directory: quote(m.dir), ReadOnly: m.export.ReadOnly, Streams: bits.OnesCount16(m.open)}
 		if g.Watched = m.watched; m.watched == byInotify && ss.limited != "" {
 			g.Watched += ", but for directories beyond its limit, which the guest looks at again after a second: " + ss.limited
-		}
-		if m.served {
-			g.Streams = 1
 		}
 		d.Mounts = append(d.Mounts, g)
 	}

@@ -139,7 +139,7 @@ func TestReload(t *testing.T) {
 // The options that are shown are the options that were given.
 func TestOptionsAsTheyAreShown(t *testing.T) {
 	for _, options := range []string{
-		"", "suid,dev,acl,root=trust,submounts=follow,xattr=off,max-open-files=10,max-inodes=20", "squash=1000:100,xattr=user",
+		"", "suid,dev,acl,root=trust,submounts=follow,xattr=off,max-open-files=10,max-inodes=20,max-streams=3", "squash=1000:100,xattr=user",
 		"uidmap=0:100000:1000,uidmap=1000:1000:1,gidmap=0:100000:1000,xattrmap=trusted.:user.t.",
 	} {
 		text := "a=/a"

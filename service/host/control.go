@@ -21,8 +21,12 @@ import (
 	"transfused.org/transfused/service/wire"
 )
 
-// maxWrite is the most data of one READ or WRITE, in bytes; the seed's bound.
-const maxWrite = 1 << 20
+const (
+	// maxWrite is the most data of one READ or WRITE, in bytes; the seed's bound.
+	maxWrite = 1 << 20
+	// maxStreams is how many streams a mount may have.
+	maxStreams = 4
+)
 
 // control is a control channel. It may be written to by any goroutine.
 type control struct {
@@ -93,7 +97,7 @@ func (ss *session) answer(guests *wire.Init) *wire.Init {
 	}
 	m := &wire.Init{
 		Version: wire.Version2, MinVersion: wire.Version1, Features: guests.Features & wire.FeatureKeep, MaxMessage: wire.MaxControl, MaxWrite: maxWrite,
-		FuseMinor: fuse.Minor, MaxStreams: 1, BootID: bootID(), SessionID: ss.id, Software: ss.srv.conf.Software,
+		FuseMinor: fuse.Minor, MaxStreams: maxStreams, BootID: bootID(), SessionID: ss.id, Software: ss.srv.conf.Software,
 	}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
@@ -141,7 +145,7 @@ func (ss *session) detach(c *control) {
 	if ss.control == c || ss.control == nil {
 		ss.control, ss.lostAt = nil, time.Now()
 		for _, m := range ss.mounts {
-			if m.streams == 0 {
+			if m.sets == 0 {
 				unused = append(unused, m)
 			}
 		}
@@ -246,7 +250,7 @@ func (ss *session) requestMount(c *control, r *wire.MountRequest) {
 			reply.Text = "the host cannot serve this export: its log tells why"
 		}
 	} else {
-		reply.MountID, reply.ReadOnly, reply.MaxWrite, reply.Streams, reply.Source = m.id, m.export.ReadOnly, ss.write, 1, m.export.Tag
+		reply.MountID, reply.ReadOnly, reply.MaxWrite, reply.Streams, reply.Source = m.id, m.export.ReadOnly, ss.write, uint16(m.streams), m.export.Tag
 		reply.NoFlush = m.noFlush
 	}
 	if c.send(reply) != nil && m != nil {

@@ -3,6 +3,7 @@
 package host
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -29,6 +30,7 @@ type Export struct {
 	// over a Unix socket as the user who owns the server, or as root.
 	Guests []GuestRule
 	Options
+	Streams int // of one mount, as its guest asks for them; 0: one
 }
 
 // Options are what an export's worker needs to know of it.
@@ -42,9 +44,9 @@ type Options struct {
 	XattrMap                 []passthrough.XattrRule
 	Cache                    passthrough.CacheMode
 	Writeback                bool
-	// MaxOpenFiles and MaxInodes bound what one session has of this export;
-	// 0 leaves the defaults.
-	MaxOpenFiles, MaxInodes int
+	// MaxOpenFiles and MaxInodes bound what one session has of this export, MaxStreams
+	// what one mount has; 0 leaves the defaults.
+	MaxOpenFiles, MaxInodes, MaxStreams int
 }
 
 // GuestRule names guests: those of a CID, those behind a socket, or any (but
@@ -113,6 +115,12 @@ func (e *Export) with(options []string) (Export, error) {
 			}
 		case o == "ro":
 			as.ReadOnly = true
+		case key == "streams":
+			n, err := strconv.ParseUint(value, 10, 16)
+			if err != nil || n == 0 {
+				return as, fmt.Errorf("%w: mount option %q: a number from 1 is wanted", unix.EINVAL, o)
+			}
+			as.Streams = min(int(n), cmp.Or(e.MaxStreams, maxStreams))
 		case key == "cache":
 			if err := as.Set(key, value, true); err != nil {
 				return as, fmt.Errorf("%w: %w", unix.EINVAL, err)
@@ -242,6 +250,13 @@ var settings = map[string]func(e *Export, value string) error{
 	},
 	"max-open-files": count(func(e *Export) *int { return &e.MaxOpenFiles }),
 	"max-inodes":     count(func(e *Export) *int { return &e.MaxInodes }),
+	"max-streams": func(e *Export, value string) error {
+		err := count(func(e *Export) *int { return &e.MaxStreams })(e, value)
+		if err == nil && e.MaxStreams > maxStreams {
+			err = fmt.Errorf("%q is over %d", value, maxStreams)
+		}
+		return err
+	},
 }
 
 // noID is the invalid uid and gid: chown takes it for "leave as it is".

@@ -67,7 +67,8 @@ func TestParseExport(t *testing.T) {
 				GIDs:     passthrough.IDMap{{Guest: 0, Host: 100000, Count: 1000}},
 				XattrMap: []passthrough.XattrRule{{Guest: "trusted.", Host: "user.t."}}}}, ""},
 		{"squash", "a=/a,squash=1000:100", Export{Tag: "a", Dir: "/a", Options: Options{Squash: &passthrough.Cred{UID: 1000, GID: 100}}}, ""},
-		{"limits", "a=/a,max-open-files=10,max-inodes=20", Export{Tag: "a", Dir: "/a", Options: Options{MaxOpenFiles: 10, MaxInodes: 20}}, ""},
+		{"limits", "a=/a,max-open-files=10,max-inodes=20,max-streams=3", Export{Tag: "a", Dir: "/a", Options: Options{MaxOpenFiles: 10, MaxInodes: 20, MaxStreams: 3}}, ""},
+		{"too many streams", "a=/a,max-streams=5", Export{}, "over 4"},
 
 		{"empty", "", Export{}, "give TAG=DIR"},
 		{"no tag", "=/a", Export{}, "tag"},

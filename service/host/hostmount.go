@@ -232,7 +232,7 @@ func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMou
 	options := []string{"default_permissions", "allow_other", "fsname=" + gm.Tag}
 	var own, theirs []string // a guest of version 1 passes nothing on
 	for _, o := range gm.Options {
-		if key, _, _ := strings.Cut(o, "="); key == "cache" || key == "writeback" {
+		if key, _, _ := strings.Cut(o, "="); key == "cache" || key == "writeback" || key == "streams" {
 			own = append(own, o)
 		} else {
 			theirs = append(theirs, o)
@@ -263,7 +263,7 @@ func (ss *session) mountV1(ctx context.Context, c *control, g Guest, gm GuestMou
 		ss.drop(m, "the guest hung up")
 		return nil, err
 	}
-	if err := ss.passStream(m, conn, false); err != nil {
+	if err := ss.passStream(m, 0, conn, false); err != nil {
 		return nil, err
 	}
 	ss.mu.Lock()

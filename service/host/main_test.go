@@ -218,6 +218,7 @@ type guest struct {
 	token []byte
 	keep  bool            // offers FeatureKeep
 	boot  byte            // of its kernel
+	most  uint16          // MaxStreams, if not 0
 	c     *transport.Conn // control
 	r     *wire.Reader
 	init  *wire.Init // the host's
@@ -289,7 +290,7 @@ func (g *guest) connect() *guest {
 func (g *guest) hello() *wire.Init {
 	m := &wire.Init{
 		Version: 2, MinVersion: 1, MaxMessage: wire.MaxControl, MaxWrite: 1 << 20, FuseMinor: fuse.Minor,
-		MaxStreams: 1, BootID: [16]byte{g.boot}, SessionID: g.id, Token: g.token, Software: "test", Kernel: "none",
+		MaxStreams: max(1, g.most), BootID: [16]byte{g.boot}, SessionID: g.id, Token: g.token, Software: "test", Kernel: "none",
 	}
 	if g.keep {
 		m.Features = wire.FeatureKeep
@@ -316,11 +317,13 @@ func (g *guest) request(tag string, options ...string) *wire.MountReply {
 	}
 }
 
-// open opens the stream of a mount.
-func (g *guest) open(mountID uint32) *fuseConn {
+// open opens the first stream of a mount.
+func (g *guest) open(mountID uint32) *fuseConn { return g.openIndex(mountID, 0) }
+
+func (g *guest) openIndex(mountID uint32, index uint16) *fuseConn {
 	g.t.Helper()
 	c := dial(g.t, g.addr)
-	send(g.t, c, &wire.StreamOpen{SessionID: g.id, Token: g.token, MountID: mountID})
+	send(g.t, c, &wire.StreamOpen{SessionID: g.id, Token: g.token, MountID: mountID, Index: index})
 	if r := want[*wire.OpenReply](g.t, c); r.Errno != 0 {
 		g.t.Fatalf("open stream: %v: %s", r.Errno, r.Text)
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -82,20 +83,21 @@ type mount struct {
 	told   chan struct{} // closed when the guest has said why it ended
 
 	keep    bool // wire.FeatureKeep
+	streams int  // that it has at once
 	noFlush bool // passthrough.NoFlush; set before anybody else has the mount
 
 	// Guarded by the session's mu.
 	asked   bool        // by the host
 	wish    string      // the configured mount that was asked for
 	retired bool        // the host has it unmounted
-	streams uint64      // that came
-	served  bool        // the last of them has not ended
+	sets    uint64      // of streams, that came; a set begins with its stream 0
+	open    uint16      // streams of the last set that came, bit by index; 0: the set has ended
 	watched string      // how changes on the host are seen
 	stood   bool        // its notify channel came: the guest had mounted it
 	reason  wire.Reason // why it ended, if the guest said so
 	why     string      // why drop ends it
 	counts  passthrough.Counts
-	timeout *time.Timer // until its first stream came
+	timeout *time.Timer // until all of its first streams came
 }
 
 var (
@@ -202,7 +204,7 @@ func (ss *session) rebooted(m *wire.Init) bool {
 func (ss *session) settleLocked() {
 	alone := ss.control == nil
 	for _, m := range ss.mounts {
-		alone = alone && !m.served
+		alone = alone && m.open == 0
 	}
 	switch {
 	case !alone || ss.ctx.Err() != nil:
@@ -398,7 +400,8 @@ func (ss *session) noteMount(m *mount) (*workerProc, error) {
 		ss.next++
 	}
 	m.id, m.keep = ss.next, ss.about.Features&wire.FeatureKeep != 0
-	m.timeout = time.AfterFunc(ss.srv.times.stream, func() { ss.drop(m, "no stream came for it") })
+	m.streams = max(1, min(m.export.Streams, int(ss.about.MaxStreams))) // version 1 has no such fields
+	m.timeout = time.AfterFunc(ss.srv.times.stream, func() { ss.drop(m, "not all of its streams came") })
 	ss.mounts[m.id] = m
 	return w, nil
 }
@@ -408,38 +411,55 @@ type hostError struct{ error }
 
 func (e *hostError) Unwrap() error { return e.error }
 
-// passStream gives c, the stream of m, to the worker, as workerProc.stream does. Its error is a
+// passStream gives c, a stream of m, to the worker, as workerProc.stream does. Its error is a
 // *hostError where the worker may have c already.
-func (ss *session) passStream(m *mount, c *transport.Conn, reply bool) error {
+func (ss *session) passStream(m *mount, index uint16, c *transport.Conn, reply bool) error {
+	bit := uint16(1) << index
 	ss.mu.Lock()
 	w := ss.worker
 	switch {
 	case ss.mounts[m.id] != m:
 		ss.mu.Unlock()
 		return fmt.Errorf("%w: mount %d has ended", unix.ENOENT, m.id)
-	case m.streams > 0 && !m.keep:
+	case index == 0 && m.sets > 0 && !m.keep, index > 0 && m.open&bit != 0:
 		ss.mu.Unlock()
-		return fmt.Errorf("%w: mount %d has its stream", unix.EBUSY, m.id)
+		return fmt.Errorf("%w: mount %d has its stream %d", unix.EBUSY, m.id, index)
+	case index > 0 && m.open == 0:
+		ss.mu.Unlock()
+		return fmt.Errorf("%w: stream %d of mount %d comes before its stream 0", unix.EAGAIN, index, m.id)
 	}
-	m.streams++
-	m.served = true
-	n := m.streams
-	m.timeout.Stop()
+	if index == 0 {
+		m.sets++
+		m.open = 0
+	}
+	m.open |= bit
+	n := m.sets
+	if bits.OnesCount16(m.open) == m.streams {
+		m.timeout.Stop()
+	}
 	ss.settleLocked()
 	ss.mu.Unlock()
 	ss.srv.changed()
-	if n > 1 {
+	if index == 0 && n > 1 {
 		ss.log.Info("mount goes on with another stream", "tag", m.export.Tag, "dir", quote(m.dir))
 	}
-	if err := w.stream(m.id, n, c, reply); err != nil {
-		if n > 1 { // it is there, and the guest may try again
-			ss.streamLost(m.id, n, err.Error())
-		} else {
-			ss.drop(m, "its stream could not be served")
+	err := w.stream(m.id, n, index, c, reply)
+	switch {
+	case err == nil:
+		return nil
+	case index > 0: // what has become of the others is another report
+		ss.mu.Lock()
+		if m.sets == n {
+			m.open &^= bit
 		}
-		return &hostError{err}
+		ss.mu.Unlock()
+		ss.srv.changed()
+	case n > 1: // the mount is there, and the guest may try again
+		ss.streamLost(m.id, n, err.Error())
+	default:
+		ss.drop(m, "its stream could not be served")
 	}
-	return nil
+	return &hostError{err}
 }
 
 // drop ends a mount that is of no use.
@@ -464,15 +484,15 @@ func (ss *session) watchLimited(text string) {
 	ss.srv.changed()
 }
 
-// streamLost notes that a mount is kept without its stream, the number-th.
+// streamLost notes that a mount is kept without its streams, the number-th of them.
 func (ss *session) streamLost(id uint32, number uint64, text string) {
 	ss.mu.Lock()
 	m := ss.mounts[id]
-	if m == nil || !m.keep || m.streams != number { // another has come meanwhile
+	if m == nil || !m.keep || m.sets != number { // another has come meanwhile
 		ss.mu.Unlock()
 		return
 	}
-	m.served = false
+	m.open = 0
 	ss.settleLocked()
 	ss.mu.Unlock()
 	ss.srv.changed()
@@ -534,18 +554,18 @@ func (ss *session) mountAtLocked(dir string, match func(*mount) bool) *mount {
 	return nil
 }
 
-// openStream serves the connection of a mount's stream.
+// openStream serves the connection of a stream of a mount.
 func (ss *session) openStream(c *transport.Conn, o *wire.StreamOpen) error {
 	ss.mu.Lock()
 	m := ss.mounts[o.MountID]
 	ss.mu.Unlock()
-	if m == nil || o.Index != 0 {
+	if m == nil || int(o.Index) >= m.streams {
 		return fmt.Errorf("%w: no stream %d of a mount %d is expected", unix.ENOENT, o.Index, o.MountID)
 	}
 	if o.Received != 0 || o.Sent != 0 {
 		return fmt.Errorf("%w: a stream cannot be resumed", unix.EOPNOTSUPP)
 	}
-	err := ss.passStream(m, c, true)
+	err := ss.passStream(m, o.Index, c, true)
 	if he := (*hostError)(nil); errors.As(err, &he) {
 		ss.log.Warn("stream lost before it began", "tag", m.export.Tag, "error", err)
 		return nil // no answer, but its end: a write could wait for ever

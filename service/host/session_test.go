@@ -140,7 +140,7 @@ func TestStreamMustCome(t *testing.T) {
 	h := startHost(t, Config{Exports: []Export{exportDir(t, "code")}}, func(s *Server) { s.times.stream = 50 * time.Millisecond })
 	g := newGuest(t, h.addr, 1).connect()
 	id := g.request("code").MountID
-	h.logs.wait("mount ended", "no stream came")
+	h.logs.wait("mount ended", "not all of its streams came")
 	refusedStream(t, g, id, unix.ENOENT)
 }
 

@@ -67,12 +67,13 @@ type eventsOrder struct {
 	Peer   transport.Peer
 }
 
-// streamOrder passes a stream, the Number-th of its mount. With Reply the worker begins it with an
+// streamOrder passes a stream, the Index-th of the Number-th that its mount has at once. With Reply the worker begins it with an
 // OpenReply: it makes the connection block, for the parent too, and the parent
 // must not wait for a guest that does not read.
 type streamOrder struct {
 	MountID uint32
 	Number  uint64
+	Index   uint16
 	Peer    transport.Peer
 	Reply   bool
 }
@@ -97,13 +98,13 @@ type report struct {
 // counts are what mounts have served, by their MountID.
 type counts map[uint32]passthrough.Counts
 
-// endedReport says that a mount ended, with its last stream. Text is empty when that was in order.
+// endedReport says that a mount ended, with its last streams. Text is empty when that was in order.
 type endedReport struct {
 	MountID uint32
 	Text    string
 }
 
-// lostReport says that a mount that is kept has lost its stream, the Number-th.
+// lostReport says that a mount that is kept has lost its streams, the Number-th.
 type lostReport struct {
 	MountID uint32
 	Number  uint64
@@ -136,16 +137,32 @@ type workerMount struct {
 	fs     *passthrough.FS
 	notify uint64 // number of its notify channel
 	keep   bool
-	ending bool          // it was to be unmounted while it had a stream
-	last   *workerStream // nil: none, or it has ended
+	ending bool       // it was to be unmounted while it had streams
+	last   *streamSet // nil: none, or they have ended
 }
 
-// workerStream is a stream. The mount's next one waits for its end.
-type workerStream struct {
+// streamSet are the streams that a mount has at once. With one of them all end, and the mount's next ones wait for that.
+type streamSet struct {
 	number uint64
-	conn   *transport.Conn
-	before *workerStream // until it has ended
-	done   chan struct{} // closed when it has ended
+	before <-chan struct{} // closed when those before have ended; nil: there were none
+	done   chan struct{}   // closed when all have ended
+
+	// Guarded by the worker's mu.
+	conns  []*transport.Conn
+	open   int // that have not ended
+	ending bool
+	err    error // why the first one ended
+}
+
+// end has all streams end; err is why.
+func (s *streamSet) end(err error) {
+	if s.ending {
+		return
+	}
+	s.ending, s.err = true, err
+	for _, c := range s.conns {
+		c.Shutdown()
+	}
 }
 
 // Worker is the main of a worker process, with the connection to its parent.
@@ -302,31 +319,43 @@ func (w *worker) limitsOf(o *mountOrder) *passthrough.Limits {
 	return w.limits[key]
 }
 
-// stream serves a stream. One that the mount has already gives way: a guest that was killed may be back before its end was noticed.
+// stream serves a stream. Those that the mount has already give way to an index 0: a guest that was killed may be back before its end was noticed.
 func (w *worker) stream(o *streamOrder, f *os.File) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	m := w.mounts[o.MountID]
-	if m == nil || m.ending {
-		f.Close()
-		return fmt.Errorf("mount %d: %w", o.MountID, unix.ENOENT)
+	var err error
+	switch {
+	case m == nil || m.ending:
+		err = fmt.Errorf("mount %d: %w", o.MountID, unix.ENOENT)
+	case o.Index == 0 && m.last != nil && o.Number <= m.last.number:
+		// Two that came at once: the parent knows the later one as the mount's.
+		err = fmt.Errorf("mount %d: streams %d after %d: %w", o.MountID, o.Number, m.last.number, unix.EBUSY)
+	case o.Index > 0 && (m.last == nil || m.last.number != o.Number || m.last.ending):
+		err = fmt.Errorf("mount %d: streams %d have ended: %w", o.MountID, o.Number, unix.EBUSY)
 	}
-	if m.last != nil && o.Number <= m.last.number {
-		f.Close() // two that came at once: the parent knows the later one as the mount's
-		return fmt.Errorf("mount %d: stream %d after %d: %w", o.MountID, o.Number, m.last.number, unix.EBUSY)
+	if err != nil {
+		f.Close()
+		return err
 	}
 	c := transport.NewConn(f, o.Peer)
 	if err := c.Block(); err != nil {
 		c.Close()
 		return err
 	}
-	s := &workerStream{number: o.Number, conn: c, before: m.last, done: make(chan struct{})}
-	if s.before != nil {
-		s.before.conn.Shutdown()
+	s := m.last
+	if o.Index == 0 {
+		s = &streamSet{number: o.Number, done: make(chan struct{})}
+		if m.last != nil {
+			s.before = m.last.done
+			m.last.end(nil)
+		}
+		m.last = s
 	}
-	m.last = s
+	s.conns = append(s.conns, c)
+	s.open++
 	w.streams.Go(func() {
-		err := w.serveStream(m, s, o.Reply)
+		err := w.serveStream(m, s, c, o.Reply)
 		c.Shutdown() // the parent may still hold a duplicate
 		c.Close()
 		w.ended(o.MountID, m, s, err)
@@ -334,23 +363,27 @@ func (w *worker) stream(o *streamOrder, f *os.File) error {
 	return nil
 }
 
-func (w *worker) serveStream(m *workerMount, s *workerStream, reply bool) error {
+func (w *worker) serveStream(m *workerMount, s *streamSet, c *transport.Conn, reply bool) error {
 	if s.before != nil {
-		<-s.before.done // its requests under way are done before the first of ours
-		s.before = nil
+		<-s.before // their requests under way are done before the first of ours
 	}
 	if reply {
-		if err := wire.Write(s.conn, &wire.OpenReply{}); err != nil {
+		if err := wire.Write(c, &wire.OpenReply{}); err != nil {
 			return err
 		}
 	}
-	return w.serve(m.fs, s.conn)
+	return w.serve(m.fs, c)
 }
 
-// ended takes away a stream, and with the last one its mount, unless that is kept.
-func (w *worker) ended(id uint32, m *workerMount, s *workerStream, err error) {
+// ended takes away a stream that has ended with err, and with it the others of its set; with the last set its mount, unless that is kept.
+func (w *worker) ended(id uint32, m *workerMount, s *streamSet, err error) {
 	w.channelEnded()
 	w.mu.Lock()
+	s.end(err)
+	if s.open--; s.open > 0 {
+		w.mu.Unlock()
+		return
+	}
 	last := m.last == s
 	if last {
 		m.last = nil
@@ -363,8 +396,9 @@ func (w *worker) ended(id uint32, m *workerMount, s *workerStream, err error) {
 	w.mu.Unlock()
 	close(s.done)
 	if !last {
-		return // the next one goes on
+		return // the next ones go on
 	}
+	err = s.err
 	if !kept {
 		if cerr := m.fs.Close(); err == nil {
 			err = cerr
@@ -382,7 +416,7 @@ func (w *worker) ended(id uint32, m *workerMount, s *workerStream, err error) {
 	_ = w.conn.Send(r)
 }
 
-// unmount ends a mount, by its stream if it has one, and tells what it has served.
+// unmount ends a mount, by its streams if it has any, and tells what it has served.
 func (w *worker) unmount(id uint32) counts {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -393,7 +427,7 @@ func (w *worker) unmount(id uint32) counts {
 	c := counts{id: m.fs.Counts()}
 	if m.last != nil {
 		m.ending = true
-		m.last.conn.Shutdown()
+		m.last.end(nil)
 		return c
 	}
 	delete(w.mounts, id)

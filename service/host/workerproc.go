@@ -46,7 +46,7 @@ type workerProc struct {
 // workerEvents are called by the goroutine that reads a worker's reports.
 type workerEvents struct {
 	ended   func(id uint32, text string)                // a mount
-	lost    func(id uint32, number uint64, text string) // a stream, of a mount that is kept
+	lost    func(id uint32, number uint64, text string) // the streams of a mount that is kept
 	counted func(counts)                                // what mounts have served
 	limited func(text string)                           // not all directories can be watched
 	died    func(error)                                 // once, at the end: with nil when close asked for it
@@ -264,15 +264,15 @@ func (w *workerProc) pass(o order, c *transport.Conn) error {
 	return err
 }
 
-// stream passes c on, as the mount's stream number n. The caller still has c, closes it, and does nothing else
+// stream passes c on, as the index-th of the mount's n-th streams. The caller still has c, closes it, and does nothing else
 // with it: it may block. With reply the worker answers a StreamOpen.
-func (w *workerProc) stream(id uint32, n uint64, c *transport.Conn, reply bool) error {
+func (w *workerProc) stream(id uint32, n uint64, index uint16, c *transport.Conn, reply bool) error {
 	f, err := c.File()
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	_, err = w.order(order{Stream: &streamOrder{id, n, c.Peer(), reply}}, f)
+	_, err = w.order(order{Stream: &streamOrder{id, n, index, c.Peer(), reply}}, f)
 	return err
 }
 
