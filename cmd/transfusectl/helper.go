@@ -50,7 +50,7 @@ mount namespace than the daemon's it mounts there. With the option remount it ma
   -N NAMESPACE  mount in the mount namespace of a process (its id), or that a path names
   -t TYPE       transfuse or fuse.transfuse
   -o OPTIONS    ro, rw, suid, nosuid, dev, nodev, exec, noexec, atime, noatime, relatime, sync, async, dirsync, allow_other,
-                default_permissions, fsname=NAME, max_read=BYTES, cache=MODE,
+                default_permissions, fsname=NAME, max_read=BYTES, streams=N, cache=MODE,
                 writeback=on|off; and
                 transfuse.timeout=SECONDS  how long to wait for the host (90)
                 transfuse.socket=PATH      the daemon's control socket (` + api.GuestSocket + `)

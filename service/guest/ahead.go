@@ -177,6 +177,7 @@ func (s *shortcuts) replied(msg []byte) {
 const (
 	getxattrName = 8 // where GETXATTR's name begins: behind fuse_getxattr_in
 	readOffset   = 8 // the offset in fuse_read_in
+	readSize     = 16
 )
 
 // interruptBit is set in the unique of an INTERRUPT, which may have a reply or none (FUSE_INT_REQ_BIT, fs/fuse/fuse_dev_i.h).

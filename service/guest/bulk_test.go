@@ -141,13 +141,13 @@ func TestLargeDataAgreedBefore(t *testing.T) {
 		{splice.MaxData, splice.Size/pageSize - 1, false},
 		{MaxData, MaxData / pageSize, false},
 	} {
-		p := &Pump{maxReply: max(minReply, tt.pages*pageSize+fuse.OutHeaderSize+headRoom)}
-		p.bulk.saves = true
+		p := &Pump{maxReply: max(minReply, tt.pages*pageSize+fuse.OutHeaderSize+headRoom), lanes: make([]lane, 1), saves: true}
+		out := &p.lanes[0].bulk.out
 		p.maxWrite.Store(tt.write)
-		if p.may(&p.bulk.out) != tt.want || (p.bulk.out != nil) != tt.want {
+		if p.may(out) != tt.want || (*out != nil) != tt.want {
 			t.Errorf("requests of up to %d bytes and %d pages go through a pipe: %v", tt.write, tt.pages, !tt.want)
 		}
-		p.bulk.close(true)
+		p.closePipes(true)
 	}
 }
 
@@ -244,7 +244,7 @@ func TestPipesOfAQuietPump(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	if p.bulk.out != nil {
+	if p.hasPipes() {
 		t.Error("a pipe is left")
 	}
 }

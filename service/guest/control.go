@@ -221,7 +221,7 @@ func (d *Daemon) connect2(ctx context.Context) (*control, error) {
 		return nil, err
 	}
 	init := &wire.Init{Version: wire.Version2, MinVersion: wire.Version1, MaxMessage: wire.MaxControl, MaxWrite: MaxData,
-		FuseMinor: fuse.Minor, MaxStreams: 1, BootID: d.boot, SessionID: d.session, Token: d.c.Token,
+		FuseMinor: fuse.Minor, MaxStreams: maxStreams, BootID: d.boot, SessionID: d.session, Token: d.c.Token,
 		Kernel: kernelRelease(), Software: d.c.Software}
 	if d.c.Store != nil {
 		// Without a store nobody would come back for what the host keeps.

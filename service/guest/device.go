@@ -42,19 +42,22 @@ func newDevice(f *os.File) (*device, error) {
 // Write writes one message.
 func (d *device) Write(b []byte) (int, error) { return unix.Write(d.fd, b) }
 
-// waitWith waits for something to read, or for events on sock, for at most timeout milliseconds (-1: for ever). woken: the
-// waker was; both false and 0: the time has passed.
-func (d *device) waitWith(w *waker, sock int, events int16, timeout int) (ready bool, of int16, woken bool, err error) {
-	fds := [...]unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}, {Fd: int32(w.fd), Events: unix.POLLIN}, {Fd: int32(sock), Events: events}}
+// waitWith waits for a request, with asks, and for what fds want, of which the first two are the device's and the waker's to be; for at most timeout
+// milliseconds (-1: for ever). Without asks only the end of the file system counts here. woken: the waker was.
+func (d *device) waitWith(w *waker, asks bool, fds []unix.PollFd, timeout int) (woken bool, err error) {
+	fds[0], fds[1] = unix.PollFd{Fd: int32(d.fd)}, unix.PollFd{Fd: int32(w.fd), Events: unix.POLLIN}
+	if asks {
+		fds[0].Events = unix.POLLIN
+	}
 	for {
-		_, err := unix.Poll(fds[:], timeout)
+		_, err := unix.Poll(fds, timeout)
 		switch {
 		case err == unix.EINTR:
 			continue
 		case err != nil:
-			return false, 0, false, os.NewSyscallError("poll", err)
+			return false, os.NewSyscallError("poll", err)
 		}
-		return fds[0].Revents != 0, fds[2].Revents, fds[1].Revents != 0, nil
+		return fds[1].Revents != 0, nil
 	}
 }
 

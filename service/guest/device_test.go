@@ -36,16 +36,27 @@ func TestDevice(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if ready, _, woken, err := d.waitWith(w, -1, 0, 1); ready || woken || err != nil {
-		t.Errorf("wait with nothing there: %v, %v, %v", ready, woken, err)
+	wait := func(asks bool, timeout int) (ready, woken bool) {
+		var fds [2]unix.PollFd
+		woken, err := d.waitWith(w, asks, fds[:], timeout)
+		if err != nil {
+			t.Error(err)
+		}
+		return fds[0].Revents != 0, woken
+	}
+	if ready, woken := wait(true, 1); ready || woken {
+		t.Errorf("wait with nothing there: %v, %v", ready, woken)
 	}
 	unix.Write(kernel, []byte("request"))
-	if ready, _, woken, err := d.waitWith(w, -1, 0, -1); !ready || woken || err != nil {
-		t.Errorf("wait with a request there: %v, %v, %v", ready, woken, err)
+	if ready, woken := wait(true, -1); !ready || woken {
+		t.Errorf("wait with a request there: %v, %v", ready, woken)
+	}
+	if ready, woken := wait(false, 1); ready || woken {
+		t.Errorf("wait for other things with a request there: %v, %v", ready, woken)
 	}
 	unix.Read(d.fd, make([]byte, 16))
 	done, gone := make(chan bool), make(chan bool)
-	go func() { _, _, woken, _ := d.waitWith(w, -1, 0, -1); done <- woken }()
+	go func() { _, woken := wait(true, -1); done <- woken }()
 	go func() { gone <- d.waitGone(w) }()
 	w.wake()
 	if !<-done {

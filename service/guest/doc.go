@@ -17,7 +17,7 @@
 // state, and one that is kept is mounted again when it was lost. With a store (the service manager's, package sd) a mount's
 // device is put there before its first request is read and before it is seen, with a record of what another process must know to go
 // on (record.go). When the daemon ends and is to be started again it reads no more requests, waits a moment for the answers to those
-// at the host, and leaves. The next one lists the mounts as they were, waits for the host, opens another stream of the same
+// at the host, and leaves. The next one lists the mounts as they were, waits for the host, opens as many streams of the same
 // mount of the same session, and writes FUSE_NOTIFY_RESEND. Where that is not known (before Linux 6.9) requests without an
 // answer fail with EINTR when the daemon leaves in order; after a kill they wait until they are interrupted.
 //
@@ -30,8 +30,14 @@
 // # The pump
 //
 // One goroutine carries both directions, and waits in poll(2) on a thread of its own, not in the runtime's poller. Nothing is
-// allocated, locked or started for a message. While the stream takes no more it goes on receiving replies, so that the two
+// allocated, locked or started for a message. While a stream takes no more it goes on receiving replies, so that the two
 // ends never wait for each other. What nobody waits for travels with the next request: FORGETs, and RELEASEs of files that were open for reading.
+//
+// A mount may have several streams (lane): the first for what is small, the others for READs and WRITEs of much, which go to the one that has the least to
+// answer. What such a stream does not take waits there, one request a stream, and the pump goes on with what is small; only where all are full it reads no more
+// requests until one is not. It receives one large reply, and looks at what is small again. The reply comes where its request went, so that the host needs to know
+// nothing of this. INTERRUPTs go over the first stream, as does what waits interruptibly: the host remembers one whose request it does not find.
+// What the shortcuts know does not rest on the stream: a request counts as at the host from when it was read here until its reply is written.
 //
 // Three requests are answered here: where a host of version 2 lets us, GETATTR of a directory whose attributes the host told
 // with the reply of a change in it, and FLUSH of a file without locks; and the kernel's question for the capabilities of a new file (shortcuts).

@@ -131,7 +131,7 @@ func (d *Daemon) infoLocked(e *entry) api.Mount {
 	if e.m != nil {
 		i.ReadOnly = e.m.options.ReadOnly
 		if e.state == api.Active || e.state == api.Draining {
-			i.Streams = 1
+			i.Streams = e.m.streams
 		}
 	}
 	return i

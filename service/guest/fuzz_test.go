@@ -27,6 +27,7 @@ func FuzzMountOptions(f *testing.F) {
 	f.Add("ro,nosuid,fsname=x,max_read=4096")
 	f.Add("suid,dev,exec,,")
 	f.Add("max_read=-1")
+	f.Add("streams=5")
 	f.Fuzz(func(t *testing.T, s string) {
 		o, err := ParseMountOptions([]string{s})
 		if err != nil {
@@ -87,14 +88,14 @@ func FuzzReplies(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p.initUnique, p.in = 2, make([]byte, p.maxReply)
+		p.initUnique = 2
 		go func() {
 			host.Write(b)
 			host.Close()
 		}()
 		for err == nil {
-			if _, _, _, err = p.dev.waitWith(p.waker, p.sock, unix.POLLIN, -1); err == nil {
-				err = p.receive()
+			if _, err = p.wait(true, -1); err == nil {
+				err = p.streams()
 			}
 		}
 		if !errors.Is(err, ErrStream) && !errors.Is(err, ErrProtocol) {
@@ -105,6 +106,6 @@ func FuzzReplies(f *testing.F) {
 		}
 		p.dev.close()
 		p.waker.close()
-		unix.Close(p.sock)
+		unix.Close(p.lanes[0].sock)
 	})
 }

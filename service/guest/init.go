@@ -52,7 +52,7 @@ func (p *Pump) initReply(msg []byte) error {
 	clearBits(body, initFlags, uint32(ownerBits&0xffffffff))
 	clearBits(body, initFlags2Out, uint32(ownerBits>>32))
 	most := MaxData
-	if p.bulk.saves {
+	if p.saves {
 		most = splice.MaxData
 	}
 	write := uint32(4096) // the kernel's least (fs/fuse/inode.c, process_init_reply)

@@ -184,7 +184,12 @@ func (d *Daemon) mount1(ctx context.Context, conn *transport.Conn, args []byte) 
 		conn.Close()
 		return err
 	}
-	m, _, err := d.mount(ctx, e, mountAsk{options: o, conn: conn, version: wire.Version1})
+	var m *mount
+	sock, err := dupNonblocking(conn)
+	conn.Close()
+	if err == nil {
+		m, _, err = d.mount(ctx, e, mountAsk{options: o, socks: []int{sock}, version: wire.Version1})
+	}
 	if err != nil {
 		d.unlist(e)
 		return err

@@ -26,6 +26,7 @@ type MountOptions struct {
 	AllowOther         bool
 	DefaultPermissions bool   // the kernel checks modes and ACLs
 	MaxRead            uint32 // bytes of one READ at most; 0 leaves it to INIT
+	Streams            int    // at most; 0: the default
 	NoAuto             bool   // of a configured mount: it is made when it is asked for, by mount(8) or the automounter, and not before
 }
 
@@ -50,6 +51,12 @@ func ParseMountOptions(options []string) (MountOptions, error) {
 					return o, fmt.Errorf("mount option %q: a number of bytes from 4096 is wanted", opt)
 				}
 				o.MaxRead = uint32(n)
+			case key == "streams" && has:
+				n, err := strconv.Atoi(val)
+				if err != nil || n < 1 || n > maxStreams {
+					return o, fmt.Errorf("mount option %q: a number from 1 to %d is wanted", opt, maxStreams)
+				}
+				o.Streams = n
 			case key == "cache" && (val == "coherent" || val == "none" || val == "always"), key == "writeback" && (val == "on" || val == "off"):
 				// They are the host's to know.
 			case has:
@@ -112,7 +119,7 @@ func (o *MountOptions) set(key string) error {
 
 // knownOptions are those that ParseMountOptions takes and that have an effect.
 const knownOptions = "ro, rw, suid, nosuid, dev, nodev, exec, noexec, atime, noatime, relatime, sync, async, dirsync, " +
-	"allow_other, default_permissions, fsname=NAME, max_read=BYTES, cache=coherent, cache=none, cache=always, writeback=on, writeback=off"
+	"allow_other, default_permissions, fsname=NAME, max_read=BYTES, streams=COUNT, cache=coherent, cache=none, cache=always, writeback=on, writeback=off"
 
 func unknownOption(o string) error {
 	return fmt.Errorf("mount option %q is not known: there are %s", o, knownOptions)

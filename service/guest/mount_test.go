@@ -29,7 +29,7 @@ func TestHostOptions(t *testing.T) {
 }
 
 func TestKnownOptions(t *testing.T) {
-	known := strings.NewReplacer("NAME", "x", "BYTES", "65536").Replace(knownOptions)
+	known := strings.NewReplacer("NAME", "x", "BYTES", "65536", "COUNT", "4").Replace(knownOptions)
 	if _, err := ParseMountOptions(strings.Split(known, ", ")); err != nil {
 		t.Error(err)
 	}

@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,7 +18,6 @@ import (
 	"transfused.org/transfused/service/api"
 	"transfused.org/transfused/service/fuse"
 	"transfused.org/transfused/service/sd"
-	"transfused.org/transfused/service/transport"
 	"transfused.org/transfused/service/watchdog"
 	"transfused.org/transfused/service/wire"
 )
@@ -28,7 +28,7 @@ const attachTime = 10 * time.Second
 // unmountTime is how long a mount may take to write back before its requests are failed.
 const unmountTime = 5 * time.Second
 
-// mount is one that stands. It has a pump while it has a stream.
+// mount is one that stands. It has a pump while it has its streams.
 type mount struct {
 	e            *entry
 	key          uint64 // the entry's id
@@ -36,8 +36,9 @@ type mount struct {
 	tag          string // of version 2
 	wireID       uint32
 	version      uint16
+	streams      int
 	noFlush      bool
-	keeps        bool // the host keeps it when its stream is lost
+	keeps        bool // the host keeps it when its streams are lost
 	hostReadOnly bool
 	dev          *device
 	traffic      *traffic
@@ -55,13 +56,13 @@ type mount struct {
 	// Guarded by Daemon.mu.
 	options  MountOptions
 	attached mountID
-	pump     *Pump       // nil: it waits for a stream
+	pump     *Pump       // nil: it waits for its streams
 	why      wire.Reason // why it was unmounted, if we did it
 }
 
-// mountAsk is what mount needs: a stream that is ready for FUSE.
+// mountAsk is what mount needs: streams that are ready for FUSE, as descriptors that do not block.
 type mountAsk struct {
-	conn     *transport.Conn
+	socks    []int
 	options  MountOptions
 	wireID   uint32
 	version  uint16
@@ -73,9 +74,9 @@ type mountAsk struct {
 // errLeft ends a mount that another process will go on with.
 var errLeft = errors.New("left to the next process")
 
-// mount mounts e and starts the pump. It owns the stream, also when it fails. If e is for nowhere it returns the mount's descriptor.
+// mount mounts e and starts the pump. It owns the streams, also when it fails. If e is for nowhere it returns the mount's descriptor.
 func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at *os.File, err error) {
-	m = &mount{e: e, key: e.id, dir: e.spec.Dir, tag: e.spec.Tag, wireID: q.wireID, version: q.version, noFlush: q.noFlush,
+	m = &mount{e: e, key: e.id, dir: e.spec.Dir, tag: e.spec.Tag, wireID: q.wireID, version: q.version, streams: len(q.socks), noFlush: q.noFlush,
 		keeps: q.keeps, hostReadOnly: q.readOnly, options: q.options, traffic: &traffic{}, ended: make(chan struct{})}
 	store := q.keeps && d.c.Store != nil
 	c := call{Op: opMount, Key: m.key, Dir: e.spec.Dir, Options: q.options, WireID: q.wireID, Keep: store}
@@ -95,7 +96,7 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 		err = errors.New("mount: the helper sent no device")
 	}
 	if err != nil {
-		q.conn.Close()
+		closeAll(q.socks)
 		return nil, nil, err
 	}
 	at = a.more
@@ -116,24 +117,18 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 			begun.dev.close()
 		}
 	}()
-	sock, err := dupNonblocking(q.conn)
-	q.conn.Close()
-	if err != nil {
-		a.file.Close()
-		return nil, at, err
-	}
 	if m.dev, err = newDevice(a.file); err != nil {
-		unix.Close(sock)
+		closeAll(q.socks)
 		return nil, at, err
 	}
 	if store {
 		// Before its first request is read, and before it is seen.
 		if err = d.store(m); err != nil {
-			unix.Close(sock)
+			closeAll(q.socks)
 			return nil, at, fmt.Errorf("mount %s: %w", m.dir, err)
 		}
 	}
-	p, err := d.newPump(m, sock)
+	p, err := d.newPump(m, q.socks)
 	if err != nil {
 		return nil, at, err
 	}
@@ -174,9 +169,9 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 	return m, at, nil
 }
 
-// newPump makes a pump of m for a stream, whose descriptor it owns, also when it fails.
-func (d *Daemon) newPump(m *mount, sock int) (*Pump, error) {
-	p, err := newPump(m.dev, sock, PumpOptions{Ahead: m.version >= wire.Version2, NoFlush: m.noFlush, Log: d.log.With("dir", m.dir)})
+// newPump makes a pump of m for its streams, whose descriptors it owns, also when it fails.
+func (d *Daemon) newPump(m *mount, socks []int) (*Pump, error) {
+	p, err := newPump(m.dev, socks, PumpOptions{Ahead: m.version >= wire.Version2, NoFlush: m.noFlush, Log: d.log.With("dir", m.dir)})
 	if err != nil {
 		return nil, err
 	}
@@ -303,7 +298,7 @@ func (d *Daemon) tellUntold(c *control) {
 // reasonAsked is what a mount ends by that nobody gave a reason for.
 const reasonAsked = wire.ReasonAsked
 
-// carry pumps, over one stream after the other where the host keeps the mount, until it ends: nil when it was unmounted.
+// carry pumps, over the streams and, where the host keeps the mount, over other ones after them, until it ends: nil when it was unmounted.
 func (d *Daemon) carry(m *mount) error {
 	var b backoff
 	var last said
@@ -337,11 +332,11 @@ func (d *Daemon) carry(m *mount) error {
 			}
 		}
 		m.loop.Enter(watchdog.WaitPeer)
-		sock, err := d.resume(m, &b)
+		socks, err := d.resume(m, &b)
 		if err != nil {
 			return err
 		}
-		if p, err = d.newPump(m, sock); err != nil {
+		if p, err = d.newPump(m, socks); err != nil {
 			return err
 		}
 		p.goOn(d.agreedOf(m))
@@ -377,14 +372,14 @@ func (m *mount) fail(errno unix.Errno) {
 	}
 }
 
-// resume opens a new stream for m, as soon as the host is there, and returns its descriptor. The error is nil's of carry where m was unmounted
+// resume opens all streams of m anew, as soon as the host is there, and returns their descriptors. The error is nil's of carry where m was unmounted
 // meanwhile, and ErrStream where the host has the mount no longer.
-func (d *Daemon) resume(m *mount, b *backoff) (sock int, err error) {
+func (d *Daemon) resume(m *mount, b *backoff) (socks []int, err error) {
 	ctx, cancel := context.WithCancelCause(m.ctx)
 	defer cancel(nil)
 	w, err := newWaker()
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
 	var watching sync.WaitGroup
 	watching.Go(func() {
@@ -403,26 +398,42 @@ func (d *Daemon) resume(m *mount, b *backoff) (sock int, err error) {
 	for {
 		// A stream that ends at once is not opened again at once.
 		if !b.wait(ctx) {
-			return -1, context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 		c := d.waitControl(ctx)
 		if c == nil {
-			return -1, context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 		if !c.keeps() {
-			return -1, fmt.Errorf("%w, and this host can't go on with it", ErrStream)
+			return nil, fmt.Errorf("%w, and this host can't go on with it", ErrStream)
 		}
-		conn, err := d.open(ctx, &wire.StreamOpen{SessionID: d.session, Token: d.c.Token, MountID: m.wireID})
-		if err == nil {
-			sock, err = dupNonblocking(conn)
-			conn.Close()
-			return sock, err
+		if socks, err = d.openStreams(ctx, m.wireID, m.streams); err == nil {
+			return socks, nil
 		}
 		var r *refusal
 		if errors.As(err, &r) && r.errno != unix.EAGAIN && r.errno != unix.EBUSY && r.errno != unix.ESHUTDOWN {
-			return -1, fmt.Errorf("%w, and the host has the mount no longer: %w", ErrStream, err)
+			return nil, fmt.Errorf("%w, and the host has the mount no longer: %w", ErrStream, err)
 		}
 	}
+}
+
+// openStreams opens the streams of a mount, of which the host takes index 0 for the first of new ones, and returns their descriptors.
+func (d *Daemon) openStreams(ctx context.Context, id uint32, n int) (socks []int, err error) {
+	for i := range n {
+		conn, err := d.open(ctx, &wire.StreamOpen{SessionID: d.session, Token: d.c.Token, MountID: id, Index: uint16(i)})
+		if err == nil {
+			var sock int
+			if sock, err = dupNonblocking(conn); err == nil {
+				socks = append(socks, sock)
+			}
+			conn.Close()
+		}
+		if err != nil {
+			closeAll(socks)
+			return nil, fmt.Errorf("open stream %d: %w", i, err)
+		}
+	}
+	return socks, nil
 }
 
 // leave has m end with errLeft. Precondition: d.mu is held, d.leaving is set.
@@ -486,8 +497,13 @@ func (d *Daemon) closeMount(m *mount) {
 // request2 asks the host for e's export and mounts it, version 2.
 func (d *Daemon) request2(ctx context.Context, c *control, e *entry) (*mount, *os.File, error) {
 	spec, o := e.spec, e.options
+	options, streams := hostOptions(spec.Options), 1
+	if c.peer.MaxStreams > 1 {
+		streams = cmp.Or(o.Streams, defaultStreams)
+		options = append(options, fmt.Sprintf("streams=%d", streams))
+	}
 	reply, err := c.request(ctx, func(id uint32) wire.Message {
-		return &wire.MountRequest{ID: id, Tag: spec.Tag, Dir: spec.Dir, Options: hostOptions(spec.Options)}
+		return &wire.MountRequest{ID: id, Tag: spec.Tag, Dir: spec.Dir, Options: options}
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("mount %s: %w", spec.Tag, err)
@@ -507,9 +523,9 @@ func (d *Daemon) request2(ctx context.Context, c *control, e *entry) (*mount, *o
 		c.send(&wire.Unmounted{MountID: r.MountID, Reason: wire.ReasonFailed, Text: err.Error()})
 		return err
 	}
-	conn, err := d.open(ctx, &wire.StreamOpen{SessionID: d.session, Token: d.c.Token, MountID: r.MountID})
+	socks, err := d.openStreams(ctx, r.MountID, min(max(1, int(r.Streams)), streams))
 	if err != nil {
-		return nil, nil, failed(fmt.Errorf("mount %s: open its stream: %w", spec.Tag, err))
+		return nil, nil, failed(fmt.Errorf("mount %s: %w", spec.Tag, err))
 	}
 	o.DefaultPermissions = true
 	o.AllowOther = o.AllowOther || os.Geteuid() == 0
@@ -520,7 +536,7 @@ func (d *Daemon) request2(ctx context.Context, c *control, e *entry) (*mount, *o
 	if r.MaxWrite >= 4096 && r.MaxWrite < MaxData {
 		o.MaxRead = r.MaxWrite
 	}
-	m, at, err := d.mount(ctx, e, mountAsk{options: o, conn: conn, wireID: r.MountID, version: wire.Version2, noFlush: r.NoFlush, keeps: c.keeps(), readOnly: r.ReadOnly})
+	m, at, err := d.mount(ctx, e, mountAsk{options: o, socks: socks, wireID: r.MountID, version: wire.Version2, noFlush: r.NoFlush, keeps: c.keeps(), readOnly: r.ReadOnly})
 	if err != nil {
 		var h *helperError
 		if errors.As(err, &h) {

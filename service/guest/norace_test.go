@@ -6,6 +6,7 @@ package guest
 
 import (
 	"encoding/binary"
+	"os"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -18,11 +19,12 @@ import (
 func TestPumpAllocatesNothing(t *testing.T) {
 	fstest.Leaks(t)
 	for _, tt := range []struct {
-		name string
-		perf bool
-	}{{"plain", false}, {"perfstat", true}} {
+		name    string
+		perf    bool
+		streams int
+	}{{"plain", false, 1}, {"perfstat", true, 1}, {"four streams", false, 4}} {
 		t.Run(tt.name, func(t *testing.T) {
-			dir, p, stop := pumpQuiet(t)
+			dir, p, stop := pumpQuiet(t, tt.streams)
 			if tt.perf {
 				p.startPerf()
 			}
@@ -47,7 +49,7 @@ func TestPumpAllocatesNothing(t *testing.T) {
 }
 
 // pumpQuiet is pumpTo with a server that allocates nothing for GETATTR.
-func pumpQuiet(t *testing.T) (dir string, p *Pump, stop func() error) {
+func pumpQuiet(t *testing.T, streams int) (dir string, p *Pump, stop func() error) {
 	s := &tinyFS{}
 	reply := message(0, 0, fuse.Append(nil, &fuse.AttrOut{Attr: s.attr(fuse.RootID)}))
 	s.handle = func(h fuse.InHeader, body []byte) []byte {
@@ -57,5 +59,9 @@ func pumpQuiet(t *testing.T) (dir string, p *Pump, stop func() error) {
 		binary.LittleEndian.PutUint64(reply[8:], h.Unique)
 		return reply
 	}
-	return pumpTo(t, s)
+	serve := []func(*os.File){func(c *os.File) { s.serve(c) }}
+	for range streams - 1 {
+		serve = append(serve, func(c *os.File) { (&tinyFS{}).serve(c) })
+	}
+	return pumpOver(t, serve...)
 }

@@ -41,6 +41,8 @@ const (
 	holdDelay   = 10
 	// pipeTime is after how many milliseconds in which nothing comes the pipes for large data are closed.
 	pipeTime = 1000
+	// largeData is how many bytes a READ asks for, or a WRITE has, at least, that goes over a stream for large data, if the mount has one.
+	largeData = splice.MinData
 )
 
 // Stream is a connected stream socket that a Pump speaks to the host over, such as *transport.Conn.
@@ -58,12 +60,12 @@ type Stats struct {
 	Minor, MaxWrite       uint32 // what INIT agreed; 0 before
 }
 
-// Pump carries FUSE messages between one mount's device and one stream. It reads the headers and INIT, and answers what
-// PumpOptions let it; meaning is the server's business otherwise. A mount that gets another stream gets another pump.
+// Pump carries FUSE messages between one mount's device and its streams. It reads the headers and INIT, and answers what
+// PumpOptions let it; meaning is the server's business otherwise. A mount that gets other streams gets another pump.
 type Pump struct {
 	dev     *device
 	ownsDev bool
-	sock    int // the stream, outside the runtime's poller as the device is
+	lanes   []lane // the streams, by their index: the first takes what is small, the others large data; one by itself takes all
 	log     *slog.Logger
 	traffic *traffic
 	loop    *watchdog.Loop
@@ -79,13 +81,15 @@ type Pump struct {
 	initUnique  uint64
 	readahead   uint32 // that the kernel asked for
 	canResend   bool
-	in          []byte // from the stream; from start to end it was read and is not yet written
-	start, end  int
+	buf         []byte // requests are read into it; those that are held back are at its beginning
+	polled      [2 + maxStreams]unix.PollFd
+	turn        int // of the streams for large data, the one that was received from last
 	minor       atomic.Uint32
 	maxWrite    atomic.Uint32
 	agreed      func(agreed) // called when INIT's reply is known, before the kernel has it; nil: not
 
-	bulk      bulk
+	saves     bool // the streams hand on pages (bulk)
+	writes    bool // the last request was a large WRITE
 	ahead     bool // the host may tell attributes ahead
 	shortcuts shortcuts
 
@@ -145,7 +149,7 @@ func NewPump(dev *os.File, conn Stream, o PumpOptions) (*Pump, error) {
 		unix.Close(sock)
 		return nil, err
 	}
-	p, err := newPump(d, sock, o)
+	p, err := newPump(d, []int{sock}, o)
 	if err != nil {
 		d.close()
 		return nil, err
@@ -154,19 +158,23 @@ func NewPump(dev *os.File, conn Stream, o PumpOptions) (*Pump, error) {
 	return p, nil
 }
 
-// newPump makes a Pump of a device that stays its caller's, and of a stream's non-blocking descriptor, which it owns, also when it fails.
-func newPump(d *device, sock int, o PumpOptions) (*Pump, error) {
+// newPump makes a Pump of a device that stays its caller's, and of its streams' non-blocking descriptors, 1 to maxStreams, which it owns, also
+// when it fails.
+func newPump(d *device, socks []int, o PumpOptions) (*Pump, error) {
 	w, err := newWaker()
 	if err != nil {
-		unix.Close(sock)
+		closeAll(socks)
 		return nil, err
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	p := &Pump{dev: d, sock: sock, log: o.Log, waker: w, requestSize: minRequest + headRoom + maxHeld, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{}),
+	p := &Pump{dev: d, lanes: make([]lane, len(socks)), log: o.Log, waker: w, requestSize: minRequest + headRoom + maxHeld, maxReply: minReply, ahead: o.Ahead, done: make(chan struct{}),
 		traffic: &traffic{}, loop: &watchdog.Loop{}}
-	p.bulk.saves = splice.Saves(sock)
+	for i, sock := range socks {
+		p.lanes[i].sock = sock
+	}
+	p.saves = splice.Saves(socks[0]) // the others are of the same transport
 	p.shortcuts = shortcuts{noFlush: o.NoFlush, locked: map[uint64]struct{}{}, releasing: map[uint64]struct{}{}}
 	return p, nil
 }
@@ -182,6 +190,12 @@ func (p *Pump) goOn(a agreed) {
 	p.minor.Store(a.Minor)
 	p.maxWrite.Store(a.MaxWrite)
 	p.shortcuts.noFlush = false // which files are locked is not known any more
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
 }
 
 func dupNonblocking(c syscall.Conn) (fd int, err error) {
@@ -200,8 +214,8 @@ func dupNonblocking(c syscall.Conn) (fd int, err error) {
 	return fd, os.NewSyscallError("fcntl", dupErr)
 }
 
-// Run pumps until the file system is unmounted (nil), the stream ends (ErrStream), the host sends what is no FUSE
-// message (ErrProtocol), or Close is called (os.ErrClosed). It returns when both descriptors are closed. It is called once.
+// Run pumps until the file system is unmounted (nil), a stream ends (ErrStream), the host sends what is no FUSE
+// message (ErrProtocol), or Close is called (os.ErrClosed). It returns when all descriptors are closed. It is called once.
 func (p *Pump) Run() error {
 	err := p.pump()
 	if err == errUnmounted {
@@ -210,11 +224,13 @@ func (p *Pump) Run() error {
 	p.loop.Enter(watchdog.WaitPeer) // it does nothing any more
 	p.stop(err)
 	p.waker.close()
-	p.bulk.close(true)
+	p.closePipes(true)
 	if p.ownsDev {
 		p.dev.close()
 	}
-	unix.Close(p.sock)
+	for i := range p.lanes {
+		unix.Close(p.lanes[i].sock)
+	}
 	return p.cause
 }
 
@@ -262,14 +278,12 @@ func prefaulted(size int) []byte {
 	return b
 }
 
-// tries is how many requests are read one after the other without looking at the stream between them.
+// tries is how many requests are read one after the other without looking at the streams between them.
 const tries = 8
 
-// pump is the loop: what is there is read from the stream and written to the device, then the other way round. It waits
+// pump is the loop: what is there is read from the streams and written to the device, then the other way round. It waits
 // in poll(2) alone.
 func (p *Pump) pump() error {
-	buf := prefaulted(p.requestSize)
-	p.in = prefaulted(p.maxReply)
 	if p.resend {
 		if err := p.sendAgain(); err != nil {
 			return err
@@ -278,41 +292,39 @@ func (p *Pump) pump() error {
 	held := 0 // bytes of requests that wait at the beginning of buf
 	for {
 		if p.drains {
-			return p.drained(buf[:held])
+			return p.drained(held)
 		}
 		p.yielder.Yield()
 		timeout := -1
-		if p.bulk.out != nil || p.bulk.in != nil {
+		if p.hasPipes() {
 			timeout = pipeTime
 		}
 		if held > 0 {
 			timeout = holdDelay
 		}
-		dev, sock, err := p.wait(unix.POLLIN, timeout)
+		came, err := p.wait(true, timeout)
 		if err == errDrained {
 			continue
+		}
+		if err == nil {
+			err = p.streams()
 		}
 		if err != nil {
 			return err
 		}
-		if sock != 0 {
-			if err := p.receive(); err != nil {
-				return err
-			}
-		}
-		if !dev && sock == 0 { // nothing came for them to go with
-			if err := p.sendHeld(buf[:held], held); err != nil {
+		if !came { // nothing came for them to go with
+			if err := p.sendHeld(held, held, 0); err != nil {
 				return err
 			}
 			held = 0
-			p.bulk.close(false)
+			p.closePipes(false)
 		}
 		// Who got a reply has often asked the next thing already.
 		for range tries {
-			if need := p.requestSize; need > len(buf) {
-				buf = append(prefaulted(need)[:0], buf[:held]...)[:need]
+			if need := p.requestSize; need > len(p.buf) {
+				p.buf = append(prefaulted(need)[:0], p.buf[:held]...)[:need]
 			}
-			n, next, err := p.request(buf, held)
+			n, next, err := p.request(held)
 			if err != nil {
 				return err
 			}
@@ -323,46 +335,85 @@ func (p *Pump) pump() error {
 	}
 }
 
-// wait waits as device.waitWith does, and tells the watchdog. The error is os.ErrClosed after Close, and errDrained, once, when
-// the pump is to drain; from then on it waits for the stream alone, and errDrained says that the time has passed.
-func (p *Pump) wait(events int16, timeout int) (dev bool, sock int16, err error) {
+// wait waits for at most timeout milliseconds (-1: for ever) until a stream can be received from, or takes what is left to send on it, which
+// streams then does, or, with asks, until the device has a request. It tells the watchdog. came: any of that. The error is os.ErrClosed after Close,
+// and errDrained, once, when the pump is to drain; from then on it waits for the streams alone, and errDrained says that the time has passed.
+func (p *Pump) wait(asks bool, timeout int) (came bool, err error) {
 	state := watchdog.WaitKernel
-	if events&unix.POLLOUT != 0 || p.drains {
+	if !asks || p.drains {
 		state = watchdog.WaitPeer
 	}
 	p.loop.Enter(state)
 	defer p.loop.Enter(watchdog.Running)
+	all := p.polled[:2+len(p.lanes)]
+	for i := range p.lanes {
+		l := &p.lanes[i]
+		all[2+i] = unix.PollFd{Fd: int32(l.sock), Events: unix.POLLIN}
+		if l.sends() {
+			all[2+i].Events |= unix.POLLOUT
+		}
+	}
 	if p.drains {
 		left := time.Duration(p.draining.Load()) - time.Since(began)
 		if left <= 0 {
-			return false, 0, errDrained
+			return false, errDrained
 		}
-		fds := [...]unix.PollFd{{Fd: int32(p.sock), Events: events}}
-		if _, err := unix.Poll(fds[:], int(left.Milliseconds())+1); err != nil && err != unix.EINTR {
-			return false, 0, os.NewSyscallError("poll", err)
+		n, err := unix.Poll(all[2:], int(left.Milliseconds())+1)
+		if err != nil && err != unix.EINTR {
+			return false, os.NewSyscallError("poll", err)
 		}
-		return false, fds[0].Revents, nil
+		return n > 0, nil
 	}
-	dev, sock, woken, err := p.dev.waitWith(p.waker, p.sock, events, timeout)
+	woken, err := p.dev.waitWith(p.waker, asks, all, timeout)
+	if err == nil && !asks && all[0].Revents != 0 {
+		return false, errUnmounted
+	}
 	if err == nil && woken {
 		select {
 		case <-p.done:
-			return dev, sock, os.ErrClosed
+			return false, os.ErrClosed
 		default:
 			p.drains = true // what else wakes
-			return dev, sock, errDrained
+			return false, errDrained
 		}
 	}
-	return dev, sock, err
+	for i := range all {
+		came = came || all[i].Revents != 0
+	}
+	return came, err
+}
+
+// streams does what wait has found that can be done: it receives what is there, and sends what was left. Of the streams for large data it receives from
+// one, in turns, and one message: what is small is not to wait for long.
+func (p *Pump) streams() error {
+	ready := p.polled[2 : 2+len(p.lanes)]
+	if ready[0].Revents&^unix.POLLOUT != 0 {
+		if err := p.receive(&p.lanes[0]); err != nil {
+			return err
+		}
+	}
+	for i := range ready {
+		if ready[i].Revents&unix.POLLOUT != 0 {
+			if err := p.lanes[i].push(); err != nil {
+				return err
+			}
+		}
+	}
+	for i := 1; i < len(ready); i++ {
+		if at := 1 + (p.turn+i-1)%(len(ready)-1); ready[at].Revents&^unix.POLLOUT != 0 {
+			p.turn = at
+			return p.receive(&p.lanes[at])
+		}
+	}
+	return nil
 }
 
 // drained sends what was held back, and receives until nothing is missing or the time has come.
-func (p *Pump) drained(held []byte) error {
-	err := p.sendHeld(held, len(held))
+func (p *Pump) drained(held int) error {
+	err := p.sendHeld(held, held, 0)
 	for err == nil && p.shortcuts.unanswered() > 0 {
-		var ready int16
-		if _, ready, err = p.wait(unix.POLLIN, 0); err == nil && ready != 0 {
-			err = p.receive()
+		if _, err = p.wait(false, 0); err == nil {
+			err = p.streams()
 		}
 	}
 	if err != nil {
@@ -396,8 +447,9 @@ var errUnmounted = errors.New("unmounted")
 
 // request reads one request, behind the held bytes of others in buf, and answers it, sends it to the host, or holds it
 // too. It returns how many bytes are held then, and whether another request is likely to be there already.
-func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error) {
-	n, piped, err := p.read(buf[held:])
+func (p *Pump) request(held int) (nowHeld int, next bool, err error) {
+	to := p.forLarge()
+	n, piped, err := p.read(to, p.buf[held:])
 	switch err {
 	case nil:
 	case unix.EAGAIN:
@@ -411,7 +463,7 @@ func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error)
 	default:
 		return 0, false, fmt.Errorf("read /dev/fuse: %w", err)
 	}
-	msg := buf[held : held+n]
+	msg := p.buf[held : held+n]
 	if n < fuse.InHeaderSize || int(binary.LittleEndian.Uint32(msg)) != n+piped {
 		return 0, false, fmt.Errorf("read /dev/fuse: a request of %d bytes whose header says %d", n+piped, binary.LittleEndian.Uint32(msg))
 	}
@@ -428,10 +480,33 @@ func (p *Pump) request(buf []byte, held int) (nowHeld int, next bool, err error)
 	if h.Opcode == fuse.OpInit {
 		p.initRequest(msg)
 	}
-	if err := p.sendHeld(buf[:held+n], held); err != nil || piped == 0 {
+	if len(p.lanes) == 1 || !isLarge(&h, body) {
+		return 0, false, p.sendHeld(held+n, held, piped)
+	}
+	if held > 0 {
+		err = p.sendHeld(held, held, 0)
+	}
+	for err == nil && to == nil {
+		if err = p.waitForStreams(); err == nil {
+			to = p.forLarge()
+		}
+	}
+	if err != nil {
 		return 0, false, err
 	}
-	return 0, false, p.sendBy(piped, func(left int) (int, error) { return p.bulk.out.Give(p.sock, nil, left) })
+	to.atHost++
+	return 0, false, p.send(to, msg, piped)
+}
+
+// isLarge tells whether a request goes over a stream for large data: the data are in it, or will be in its reply.
+func isLarge(h *fuse.InHeader, body []byte) bool {
+	switch h.Opcode {
+	case fuse.OpWrite:
+		return int(h.Len) >= fuse.WriteHead+largeData
+	case fuse.OpRead:
+		return len(body) >= readSize+4 && binary.LittleEndian.Uint32(body[readSize:]) >= largeData
+	}
+	return false
 }
 
 // begins counts a request whose time begins.
@@ -458,120 +533,20 @@ func (p *Pump) holds(h *fuse.InHeader, body []byte) bool {
 	return false
 }
 
-// sendHeld sends b, which begins with so many bytes of requests that were held back.
-func (p *Pump) sendHeld(b []byte, held int) error {
+// sendHeld sends the first n bytes of buf, which begin with so many of requests that were held back, and behind them those in the pipe.
+func (p *Pump) sendHeld(n, held, piped int) error {
 	for at := 0; at < held; {
 		var h fuse.InHeader
-		body, _ := fuse.Decode(&h, b[at:])
+		body, _ := fuse.Decode(&h, p.buf[at:])
 		p.begins(&h)
 		p.shortcuts.request(&h, body[:int(h.Len)-fuse.InHeaderSize]) // there is no answer to it here
 		at += int(h.Len)
 	}
 	p.releases = 0
-	return p.send(b)
+	return p.send(&p.lanes[0], p.buf[:n], piped)
 }
 
-// send writes all of b to the stream.
-func (p *Pump) send(b []byte) error {
-	return p.sendBy(len(b), func(left int) (int, error) { return writeNow(p.sock, b[len(b)-left:]) })
-}
-
-// sendBy sends n bytes by calls of some, which sends as many of those that are left as the stream takes. While that takes none, replies are
-// received: a host that waits for us to read could otherwise wait for ever.
-func (p *Pump) sendBy(n int, some func(left int) (int, error)) error {
-	for n > 0 {
-		sent, err := some(n)
-		switch {
-		case err == nil:
-			n -= sent
-			continue
-		case err == unix.EINTR:
-			continue
-		case err != unix.EAGAIN:
-			return fmt.Errorf("%w: write: %w", ErrStream, err)
-		}
-		drains := p.drains
-		_, ready, err := p.wait(unix.POLLIN|unix.POLLOUT, -1)
-		if err == errDrained && !drains {
-			continue // the request that was read goes out first
-		}
-		if err != nil {
-			return err
-		}
-		if ready&^unix.POLLOUT != 0 {
-			if err := p.receive(); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// receive reads what has come from the host and writes each whole message to the device.
-func (p *Pump) receive() error {
-	for {
-		if p.bulk.toCome > 0 {
-			if copied, err := p.receivePiped(); err != nil || !copied {
-				return err
-			}
-		}
-		room := p.in[p.end:]
-		if p.bulk.reads && p.end < fuse.OutHeaderSize {
-			room = room[:fuse.OutHeaderSize-p.end]
-		}
-		n, err := readNow(p.sock, room)
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err == unix.EAGAIN:
-			return nil
-		case err == nil && n == 0:
-			err = io.EOF
-			if p.end > p.start {
-				err = io.ErrUnexpectedEOF
-			}
-			fallthrough
-		case err != nil:
-			return fmt.Errorf("%w: read: %w", ErrStream, err)
-		}
-		p.end += n
-		for p.end-p.start >= fuse.OutHeaderSize {
-			size := int(binary.LittleEndian.Uint32(p.in[p.start:]))
-			if size < fuse.OutHeaderSize || size > p.maxReply {
-				return fmt.Errorf("%w: a message of %d bytes; 16 to %d are allowed", ErrProtocol, size, p.maxReply)
-			}
-			if p.goesPiped(size) {
-				break
-			}
-			if p.end-p.start < size {
-				break
-			}
-			if err := p.reply(p.in[p.start : p.start+size]); err != nil {
-				return err
-			}
-			p.start += size
-		}
-		// Only the beginning of one message may be left: the rest is read behind it.
-		if p.start > 0 {
-			p.end = copy(p.in, p.in[p.start:p.end])
-			p.start = 0
-		}
-		if len(p.in) < p.maxReply {
-			p.in = append(prefaulted(p.maxReply)[:0], p.in[:p.end]...)[:p.maxReply]
-		}
-		if p.bulk.toCome > 0 {
-			if err := p.bulk.in.Write(p.in[:p.end]); err != nil {
-				return err
-			}
-			continue
-		}
-		if p.end == 0 {
-			return nil
-		}
-	}
-}
-
-// reply writes one message to the device. It returns an error only where the pump must end.
+// reply writes one message of the host to the device. It returns an error only where the pump must end.
 func (p *Pump) reply(msg []byte) error {
 	unique := binary.LittleEndian.Uint64(msg[8:])
 	if unique == 0 {

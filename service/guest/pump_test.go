@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -170,23 +171,44 @@ func (s *tinyFS) answer(h fuse.InHeader, body []byte) []byte {
 // pumpTo mounts s over a directory through a Pump; the returned function unmounts and gives Run's error.
 func pumpTo(t testing.TB, s *tinyFS) (dir string, p *Pump, stop func() error) {
 	t.Helper()
+	return pumpOver(t, func(c *os.File) { s.serve(c) })
+}
+
+// pumpOver is pumpTo over as many streams as there are functions, each of which serves one.
+func pumpOver(t testing.TB, serve ...func(c *os.File)) (dir string, p *Pump, stop func() error) {
+	t.Helper()
 	needRoot(t)
 	dir = t.TempDir()
 	dev, err := Mount(dir, MountOptions{Source: "tiny"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, b := streamPair(t)
-	if p, err = NewPump(dev, a, PumpOptions{}); err != nil {
+	d, err := newDevice(dev)
+	if err != nil {
 		t.Fatal(err)
 	}
-	served, ran := make(chan struct{}), make(chan error, 1)
-	go func() { defer close(served); s.serve(b); b.Close() }()
+	var socks []int
+	var served sync.WaitGroup
+	for _, f := range serve {
+		a, b := streamPair(t)
+		sock, err := dupNonblocking(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.Close()
+		socks = append(socks, sock)
+		served.Go(func() { f(b); b.Close() })
+	}
+	if p, err = newPump(d, socks, PumpOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	p.ownsDev = true
+	ran := make(chan error, 1)
 	go func() { ran <- p.Run() }()
 	return dir, p, func() error {
 		unix.Unmount(dir, unix.MNT_DETACH)
 		err := <-ran
-		<-served
+		served.Wait()
 		return err
 	}
 }

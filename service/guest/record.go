@@ -47,6 +47,7 @@ type record struct {
 	WireID        uint32
 	Options       MountOptions
 	Mount         mountID
+	Streams       int // as many as there were; 0: one, of a program that knew no more
 	NoFlush       bool
 	HostReadOnly  bool
 	Agreed        agreed // zero: INIT was not answered

@@ -16,7 +16,7 @@ import (
 // store puts m into the store, with what there is to know of it. It is called before m runs.
 func (d *Daemon) store(m *mount) error {
 	m.record = record{ID: m.key, Spec: m.e.spec, Configured: m.e.configured, Kept: m.e.kept, Nowhere: m.e.nowhere,
-		Session: fmt.Sprintf("%x", d.session), WireID: m.wireID, Options: m.options, NoFlush: m.noFlush, HostReadOnly: m.hostReadOnly}
+		Session: fmt.Sprintf("%x", d.session), WireID: m.wireID, Options: m.options, Streams: m.streams, NoFlush: m.noFlush, HostReadOnly: m.hostReadOnly}
 	f, err := newRecordFile(&m.record)
 	if err != nil {
 		return err
@@ -88,7 +88,7 @@ func (d *Daemon) takeUpOne(s sd.Stored) error {
 	if err == nil && d.lastID > 0 && id != d.session {
 		err = fmt.Errorf("it is of another session than the others")
 	}
-	m := &mount{key: r.ID, dir: r.Spec.Dir, tag: r.Spec.Tag, wireID: r.WireID, version: 2, noFlush: r.NoFlush, keeps: true, hostReadOnly: r.HostReadOnly,
+	m := &mount{key: r.ID, dir: r.Spec.Dir, tag: r.Spec.Tag, wireID: r.WireID, version: 2, streams: min(max(1, r.Streams), maxStreams), noFlush: r.NoFlush, keeps: true, hostReadOnly: r.HostReadOnly,
 		options: r.Options, traffic: &traffic{}, ended: make(chan struct{}), adopted: make(chan struct{}), attached: r.Mount, record: *r, recordFile: file}
 	if err != nil {
 		dev.Close()
