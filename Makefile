@@ -22,7 +22,7 @@ SYSCONFDIR := /etc
 ZSHDIR     := zsh/vendor-completions
 
 .DEFAULT_GOAL := help
-.PHONY: help build man install demo test test-vm test-vm-all soak bench bench-vm scale fuzz lint dist deb deb-forky rpm clean
+.PHONY: help build man install demo test test-vm test-vm-all soak bench bench-vm scale streams fuzz lint dist deb deb-forky rpm clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,11 @@ SCALE ?= 1000000
 scale: ## what guests, mounts, files and SCALE (1000000) inodes cost, and how fair the host is to a guest beside one that floods
 	@.ci/deps fuse3 util-linux
 	TRANSFUSED_SCALE=$(SCALE) $(GO) test -count 1 -timeout 0 -v -run '^Test(Scale|Fair)$$' ./service/e2e
+
+STREAMS ?= 20s
+streams: ## how long a getattr takes beside large data, over 1, 2 and 4 streams, STREAMS (20s) each
+	@.ci/deps fuse3
+	TRANSFUSED_STREAMS=$(STREAMS) $(GO) test -count 1 -timeout 0 -v -run '^TestBesideLargeData$$' ./service/e2e
 
 FUZZTIME ?= 30s
 fuzz: ## run each fuzz target for FUZZTIME (30s)

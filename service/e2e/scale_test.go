@@ -175,7 +175,7 @@ func scaleMounts(r *rig, table *tabwriter.Writer) {
 // memory has the export in memory, with as many inodes as one likes.
 func (r *rig) memory() {
 	r.t.Helper()
-	options := "nr_inodes=0,size=1g,mode=755"
+	options := "nr_inodes=0,size=2g,mode=755"
 	if cred := r.attr.Credential; cred != nil {
 		options += fmt.Sprintf(",uid=%d,gid=%d", cred.Uid, cred.Gid)
 	}

@@ -36,6 +36,7 @@ type v2host struct {
 	control net.Conn
 	conns   []net.Conn
 	streams []net.Conn
+	asked   []string // options of the last mount
 	wg      sync.WaitGroup
 
 	got chan wire.Message // what came on the control channel, but for logs
@@ -47,6 +48,11 @@ type v2host struct {
 	busy   atomic.Int32 // so many mounts are answered by EAGAIN
 	absent atomic.Int32 // so many of version 2's Inits are not answered, as while the host is starting
 	silent bool         // but without the end of the connection
+	keep   bool         // FeatureKeep
+	most   uint16       // MaxStreams
+	number uint16       // of streams that each mount is to have; 0: 1
+	// stream serves a stream, if set; false: it is refused.
+	stream func(o *wire.StreamOpen, c net.Conn) bool
 }
 
 func startV2(t *testing.T, change func(*Config, *v2host)) *v2host {
@@ -160,17 +166,30 @@ func (h *v2host) serve(c net.Conn) {
 			h.mu.Lock()
 			h.control = c
 			h.mu.Unlock()
-			wire.Write(c, &wire.Init{Version: 2, MinVersion: 1, MaxMessage: wire.MaxControl, SessionID: m.SessionID})
+			init := &wire.Init{Version: 2, MinVersion: 1, MaxMessage: wire.MaxControl, SessionID: m.SessionID, MaxStreams: h.most}
+			if h.keep {
+				init.Features = m.Features
+			}
+			wire.Write(c, init)
 		case *wire.MountRequest:
+			h.mu.Lock()
+			h.asked = m.Options
+			h.mu.Unlock()
 			switch {
 			case h.busy.Add(-1) >= 0:
 				wire.Write(c, &wire.MountReply{ID: m.ID, Errno: unix.EAGAIN, Text: "later"})
 			case m.Tag == "code":
-				wire.Write(c, &wire.MountReply{ID: m.ID, MountID: 7, Streams: 1, MaxWrite: 1 << 17, Source: "code"})
+				wire.Write(c, &wire.MountReply{ID: m.ID, MountID: 7, Streams: max(1, h.number), MaxWrite: 1 << 17, Source: "code"})
 			default:
 				wire.Write(c, &wire.MountReply{ID: m.ID, Errno: unix.ENOENT, Text: "no export " + m.Tag + ": " + unix.ENOENT.Error()})
 			}
 		case *wire.StreamOpen:
+			if h.stream != nil {
+				if !h.stream(m, c) {
+					wire.Write(c, &wire.OpenReply{Errno: unix.EMFILE, Text: "no such stream"})
+				}
+				return
+			}
 			wire.Write(c, &wire.OpenReply{})
 			h.mu.Lock()
 			h.streams = append(h.streams, c)

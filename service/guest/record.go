@@ -55,6 +55,9 @@ type record struct {
 
 func (r *record) name() string { return fmt.Sprintf("%d.0", r.ID) }
 
+// streams is how many the mount goes on with.
+func (r *record) streams() int { return min(max(1, r.Streams), maxStreams) }
+
 func (r *record) session() (id [16]byte, err error) {
 	b, err := hex.DecodeString(r.Session)
 	if err != nil || len(b) != len(id) {

@@ -97,6 +97,23 @@ func TestRecordOfAnotherRelease(t *testing.T) {
 	if _, _, _, err := readRecord(s); err == nil {
 		t.Error("a record without a device is taken up")
 	}
+	// Before there were several streams nothing was said of them.
+	s, file := storedMount(t, testRecord())
+	text := line("1", "1")
+	if err := file.Truncate(int64(len(text))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := file.WriteAt([]byte(text), 0); err != nil {
+		t.Fatal(err)
+	}
+	if r, _, _, err := readRecord(s); err != nil || r.streams() != 1 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	for n, want := range map[int]int{-1: 1, 1: 1, 3: 3, 1000: maxStreams} {
+		if got := (&record{Streams: n}).streams(); got != want {
+			t.Errorf("of %d streams %d are opened, want %d", n, got, want)
+		}
+	}
 	for _, bad := range []agreed{{RequestSize: 1, MaxReply: minReply}, {RequestSize: minRequest, MaxReply: 1 << 30}} {
 		if bad.check() == nil {
 			t.Errorf("%+v is taken", bad)

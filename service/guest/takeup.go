@@ -88,7 +88,7 @@ func (d *Daemon) takeUpOne(s sd.Stored) error {
 	if err == nil && d.lastID > 0 && id != d.session {
 		err = fmt.Errorf("it is of another session than the others")
 	}
-	m := &mount{key: r.ID, dir: r.Spec.Dir, tag: r.Spec.Tag, wireID: r.WireID, version: 2, streams: min(max(1, r.Streams), maxStreams), noFlush: r.NoFlush, keeps: true, hostReadOnly: r.HostReadOnly,
+	m := &mount{key: r.ID, dir: r.Spec.Dir, tag: r.Spec.Tag, wireID: r.WireID, version: 2, streams: r.streams(), noFlush: r.NoFlush, keeps: true, hostReadOnly: r.HostReadOnly,
 		options: r.Options, traffic: &traffic{}, ended: make(chan struct{}), adopted: make(chan struct{}), attached: r.Mount, record: *r, recordFile: file}
 	if err != nil {
 		dev.Close()

@@ -116,6 +116,7 @@ var (
 	descExports  = desc("exports", "Exports of the configuration.")
 	descSessions = desc("sessions", "Sessions of guests: connected, or lost and not given up yet.", "state")
 	descMounts   = desc("mounts", "Mounts of an export: served, or waiting for their guest to come back.", "tag", "state")
+	descStreams  = desc("streams", "Streams of the mounts of an export: their connections.", "tag")
 	descRequests = desc("requests_total", "FUSE requests that were served.", "tag")
 	descReceived = desc("received_bytes_total", "Bytes of requests: what guests write.", "tag")
 	descSent     = desc("sent_bytes_total", "Bytes of replies: what guests read.", "tag")
@@ -125,7 +126,7 @@ var (
 
 // Describe tells which metrics there are.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descBuild, descExports, descSessions, descMounts, descRequests, descReceived, descSent, descRefused, descDeaths} {
+	for _, d := range []*prometheus.Desc{descBuild, descExports, descSessions, descMounts, descStreams, descRequests, descReceived, descSent, descRefused, descDeaths} {
 		ch <- d
 	}
 }
@@ -144,8 +145,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descBuild, 1, s.conf.Version)
 	gauge(descExports, len(exports))
 	type key struct{ tag, state string }
-	mounts, sessions := map[key]int{}, map[string]int{"connected": 0, "lost": 0}
+	mounts, streams, sessions := map[key]int{}, map[string]int{}, map[string]int{"connected": 0, "lost": 0}
 	for _, e := range exports {
+		streams[e.Tag] = 0
 		mounts[key{e.Tag, "served"}], mounts[key{e.Tag, "waiting"}] = 0, 0
 	}
 	for _, d := range s.Sessions() {
@@ -160,6 +162,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 				state = "waiting"
 			}
 			mounts[key{m.Tag, state}]++
+			streams[m.Tag] += m.Streams
 		}
 	}
 	for state, n := range sessions {
@@ -167,6 +170,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for k, n := range mounts {
 		gauge(descMounts, n, k.tag, k.state)
+	}
+	for tag, n := range streams {
+		gauge(descStreams, n, tag)
 	}
 	s.meter.mu.Lock()
 	counts := maps.Clone(s.meter.byTag)

@@ -72,7 +72,7 @@ func TestMetrics(t *testing.T) {
 	})
 	f.Close()
 	h.logs.wait("mount waits for the guest to come back")
-	h.wantMetrics(map[string]string{`mounts{state="served",tag="code"}`: "0.0", `mounts{state="waiting",tag="code"}`: "1.0"})
+	h.wantMetrics(map[string]string{`mounts{state="served",tag="code"}`: "0.0", `mounts{state="waiting",tag="code"}`: "1.0", `streams{tag="code"}`: "0.0", `streams{tag="docs"}`: "1.0"})
 
 	// What was served stays counted when a mount, and a session, has ended.
 	f = g.open(id)
