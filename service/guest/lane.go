@@ -32,7 +32,7 @@ type lane struct {
 	unsent []byte // of a request, what the socket has not taken yet
 	piped  int    // bytes behind that, in the pipe bulk.out
 	spare  []byte // has unsent, or is for the pump to read into while that is in what it has read into; nil: there was no need of it
-	atHost int    // requests for large data whose reply has not come
+	atHost int    // requests for large data whose reply has not come; of the first stream it means nothing
 }
 
 // sends tells whether something is left to send.

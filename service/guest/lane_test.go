@@ -146,13 +146,13 @@ func TestLargeDataOverStreams(t *testing.T) {
 			})
 		}
 		users.Wait()
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
 		for i, k := range a.large[:n] {
 			if k == 0 && (n == 1 || i == 1 || i == 2) { // a third is needed where two are busy
 				t.Errorf("of %d streams the one of index %d had no large data", n, i)
 			}
-		}
-		if err := stop(); err != nil {
-			t.Error(err)
 		}
 	}
 }
@@ -247,11 +247,11 @@ func TestStalledLargeData(t *testing.T) {
 				t.Error(err)
 			}
 			users.Wait()
-			if got := a.m.data[:tt.users*splice.MaxData]; a.writes > 0 && !bytes.Equal(got, data[:len(got)]) {
-				t.Error("the host has other data than were written")
-			}
 			if err := stop(); err != nil {
 				t.Error(err)
+			}
+			if got := a.m.data[:tt.users*splice.MaxData]; a.writes > 0 && !bytes.Equal(got, data[:len(got)]) {
+				t.Error("the host has other data than were written")
 			}
 		})
 	}
