@@ -66,7 +66,7 @@
 // (open_tree, mount_setattr: Linux 5.12).
 //
 // An unmounting asked for here or by the host writes back first. What is still in use after that is detached; what takes
-// over five seconds is aborted. A mount whose stream is lost waits for another one where it is stored; else it is detached at once,
+// over five seconds is aborted. A mount that has lost a stream waits for new ones where it is stored; else it is detached at once,
 // and one that this guest asked for is made again when the host is back. A mount that a killed daemon left behind is recognised (ENOTCONN,
 // type fuse.transfuse) and replaced.
 //

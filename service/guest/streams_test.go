@@ -3,6 +3,7 @@
 package guest
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -61,7 +62,7 @@ func TestV2Streams(t *testing.T) {
 		{"an old host, and more are wanted", []string{"streams=4"}, 1, 1, nil, []uint16{0}},
 		{"an old host that says more", []string{"streams=4"}, 1, 3, nil, []uint16{0}},
 		{"one", []string{"streams=1"}, 4, 1, []string{"streams=1"}, []uint16{0}},
-		{"the default", nil, 4, defaultStreams, []string{"streams=2"}, []uint16{0, 1}},
+		{"the default", nil, 4, defaultStreams, []string{fmt.Sprint("streams=", defaultStreams)}, []uint16{0, 1, 2, 3}[:defaultStreams]},
 		{"all", []string{"noatime,streams=4"}, 4, 4, []string{"streams=4"}, []uint16{0, 1, 2, 3}},
 		{"fewer", []string{"streams=4"}, 4, 2, []string{"streams=4"}, []uint16{0, 1}},
 		{"none", []string{"streams=4"}, 4, 0, []string{"streams=4"}, []uint16{0}},
