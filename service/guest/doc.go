@@ -35,7 +35,7 @@
 //
 // A mount may have several streams (lane): the first for what is small, the others for READs and WRITEs of much, which go to the one that has the least to
 // answer. What such a stream does not take waits there, one request a stream, and the pump goes on with what is small; only where all are full it reads no more
-// requests until one is not. It receives one large reply, and looks at what is small again. The reply comes where its request went, so that the host needs to know
+// requests until one is not. It receives one large reply, after the requests that are there, and looks at what is small again. The reply comes where its request went, so that the host needs to know
 // nothing of this. INTERRUPTs go over the first stream, as does what waits interruptibly: the host remembers one whose request it does not find.
 // What the shortcuts know does not rest on the stream: a request counts as at the host from when it was read here until its reply is written.
 //

@@ -306,8 +306,13 @@ func (p *Pump) pump() error {
 		if err == errDrained {
 			continue
 		}
+		// What is small goes first.
+		asked := p.polled[0].Revents != 0
 		if err == nil {
-			err = p.streams()
+			err = p.small()
+		}
+		if err == nil && !asked {
+			err = p.large()
 		}
 		if err != nil {
 			return err
@@ -330,6 +335,11 @@ func (p *Pump) pump() error {
 			}
 			if held = n; !next || p.drains {
 				break
+			}
+		}
+		if asked {
+			if err := p.large(); err != nil {
+				return err
 			}
 		}
 	}
@@ -383,24 +393,36 @@ func (p *Pump) wait(asks bool, timeout int) (came bool, err error) {
 	return came, err
 }
 
-// streams does what wait has found that can be done: it receives what is there, and sends what was left. Of the streams for large data it receives from
-// one, in turns, and one message: what is small is not to wait for long.
+// streams does what wait has found that can be done on the streams.
 func (p *Pump) streams() error {
-	ready := p.polled[2 : 2+len(p.lanes)]
-	if ready[0].Revents&^unix.POLLOUT != 0 {
+	if err := p.small(); err != nil {
+		return err
+	}
+	return p.large()
+}
+
+// small receives what has come on the first stream, and sends what was left to send on any.
+func (p *Pump) small() error {
+	if p.polled[2].Revents&^unix.POLLOUT != 0 {
 		if err := p.receive(&p.lanes[0]); err != nil {
 			return err
 		}
 	}
-	for i := range ready {
-		if ready[i].Revents&unix.POLLOUT != 0 {
+	for i := range p.lanes {
+		if p.polled[2+i].Revents&unix.POLLOUT != 0 {
 			if err := p.lanes[i].push(); err != nil {
 				return err
 			}
 		}
 	}
-	for i := 1; i < len(ready); i++ {
-		if at := 1 + (p.turn+i-1)%(len(ready)-1); ready[at].Revents&^unix.POLLOUT != 0 {
+	return nil
+}
+
+// large receives from one of the streams for large data on which something has come, in turns, and one message: what is small is not to wait for long.
+func (p *Pump) large() error {
+	n := len(p.lanes) - 1
+	for i := range n {
+		if at := 1 + (p.turn+i)%n; p.polled[2+at].Revents&^unix.POLLOUT != 0 {
 			p.turn = at
 			return p.receive(&p.lanes[at])
 		}
