@@ -27,6 +27,7 @@ type flags struct {
 	tokenFile string
 	control   string
 	metrics   string
+	spin      transport.Spin
 	anyPort   bool
 	bus       bool
 	debug     bool
@@ -64,6 +65,10 @@ func (f *flags) define(fs *pflag.FlagSet) {
 	fs.StringVar(&f.control, "control", nowhere, "`ADDR` of the control socket, for transfusectl: unix:PATH; \"none\" for none")
 	fs.StringVar(&f.metrics, "metrics", nowhere, "serve metrics (OpenMetrics) by HTTP at `ADDR`: HOST:PORT or unix:PATH; \"none\" for nowhere")
 	fs.BoolVar(&f.bus, "bus", false, "be org.transfused.Host1 on the system bus (D-Bus); for one server of a machine")
+	fs.Var(value("TIME", func(s string) (err error) {
+		f.spin, err = transport.ParseSpin(s)
+		return err
+	}), "spin", "after a message look for the next one for `TIME` before sleeping, while that pays; 0: never")
 	fs.BoolVar(&f.debug, "debug", false, "log more")
 }
 
@@ -89,6 +94,7 @@ type configFile struct {
 	AllowUnprivileged bool                      `toml:"allow-unprivileged-guests"`
 	Control           string                    `toml:"control"`
 	Metrics           string                    `toml:"metrics"`
+	Spin              *transport.Spin           `toml:"spin"`
 	Debug             bool                      `toml:"debug"`
 	Export            map[string]map[string]any `toml:"export"`
 	Guest             map[string]struct {
@@ -168,6 +174,13 @@ func (f *flags) config(set *pflag.FlagSet, inherited []*transport.Listener) (all
 	}
 	if set.Changed("allow-unprivileged-guests") {
 		c.AllowUnprivileged = f.anyPort
+	}
+	c.Spin = transport.DefaultSpin
+	if file.Spin != nil {
+		c.Spin = *file.Spin
+	}
+	if set.Changed("spin") {
+		c.Spin = f.spin
 	}
 	if set.Changed("debug") {
 		all.debug = f.debug

@@ -96,7 +96,7 @@ Options of an export (a comma in a directory is written \,):
   max-open-files=N, max-inodes=N    bounds of one guest's session
   max-streams=N                connections of one mount, 1 to 4
 
-The configuration is TOML: listen, token-file, allow-unprivileged-guests, control, metrics and debug,
+The configuration is TOML: listen, token-file, allow-unprivileged-guests, control, metrics, spin and debug,
 tables [export.TAG] with dir and the options above, and tables [guest.NAME] with address and mounts. It is
 /etc/transfuse/host.toml, or that of /run or /usr/lib, with drop-ins in host.toml.d beside each; --config
 names one file instead.

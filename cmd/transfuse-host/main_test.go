@@ -131,6 +131,7 @@ func TestConfigAndFlags(t *testing.T) {
 listen = ["unix:/run/a", "vsock:any:1524"]
 token-file = "`+token+`"
 allow-unprivileged-guests = true
+spin = "20us"
 [export.code]
 dir = "/usr"
 ro = true
@@ -159,10 +160,10 @@ mounts = ["code=/mnt/code,nosuid"]
 				{Tag: "code", Dir: "/usr", Guests: []host.GuestRule{{CID: 7}, {Path: "/run/v.sock"}}, Options: host.Options{ReadOnly: true, MaxOpenFiles: 100}},
 				papers,
 			},
-			Guests: []host.Guest{vm}, Token: []byte("0123456789abcdef"), AllowUnprivileged: true,
+			Guests: []host.Guest{vm}, Token: []byte("0123456789abcdef"), AllowUnprivileged: true, Spin: transport.Spin(20 * time.Microsecond),
 		}},
 		{"flags win", []string{"--listen", "unix:/run/b", "--export", "code=/bin", "--token-file", "", "--allow-unprivileged-guests=false",
-			"--guest", "vsock:7:1525", "--mount", "code=/a", "--mount", "papers=/b", "--guest", "unix:/run/g", "--mount", "code=/c"}, host.Config{
+			"--spin", "0", "--guest", "vsock:7:1525", "--mount", "code=/a", "--mount", "papers=/b", "--guest", "unix:/run/g", "--mount", "code=/c"}, host.Config{
 			Listen:  []transport.Addr{{Family: transport.Unix, Path: "/run/b"}},
 			Exports: []host.Export{papers, {Tag: "code", Dir: "/bin"}},
 			Guests: []host.Guest{
@@ -217,6 +218,7 @@ func TestSystemConfig(t *testing.T) {
 		Listen:  []transport.Addr{{Family: transport.Unix, Path: "/run/b"}},
 		Exports: []host.Export{{Tag: "code", Dir: "/usr", Guests: []host.GuestRule{{CID: 7}, {CID: 8}}}},
 		Token:   []byte("0123456789abcdef"),
+		Spin:    transport.DefaultSpin,
 	}
 	check := func() {
 		t.Helper()

@@ -39,6 +39,7 @@ type flags struct {
 	logfile    string
 	control    string
 	tokenFile  string
+	spin       string
 	mounts     []string
 	mountRoots []string
 	allowSuid  bool
@@ -113,6 +114,7 @@ Exit codes: 0 ended in order, 1 failed at run time, 2 bad usage or configuration
 	fs.StringVarP(&f.pidfile, "pidfile", "p", "", "file to write the process id to when the host has answered")
 	fs.StringVarP(&f.logfile, "logfile", "l", "", "file to append the log to (default: standard error)")
 	fs.StringVar(&f.config, "config", "", "TOML file with the same settings, read alone; flags win")
+	fs.StringVar(&f.spin, "spin", transport.DefaultSpin.String(), "how long to look for the next message before sleeping, while that pays; 0: not at all")
 	fs.BoolVar(&f.debug, "debug", false, "log what is useful for finding faults")
 	return cmd
 }
@@ -145,6 +147,9 @@ func (f flags) settings(given func(flag string) bool) (c guest.Config, all flags
 		if c.Socket, err = transport.Parse(f.socket); err != nil {
 			return c, f, fmt.Errorf("socket: %w", err)
 		}
+	}
+	if c.Spin, err = transport.ParseSpin(f.spin); err != nil {
+		return c, f, fmt.Errorf("spin: %w", err)
 	}
 	if f.tokenFile != "" {
 		c.Token, err = config.Token(f.tokenFile)

@@ -25,6 +25,7 @@ type file struct {
 	Control    *string              `toml:"control"`
 	Pidfile    *string              `toml:"pidfile"`
 	Logfile    *string              `toml:"logfile"`
+	Spin       *string              `toml:"spin"`
 	Debug      *bool                `toml:"debug"`
 	Mount      map[string]mountFile `toml:"mount"`
 }
@@ -61,6 +62,7 @@ func (f *flags) readConfig(given func(flag string) bool) ([]guest.MountSpec, err
 	set(given("control"), &f.control, v.Control)
 	set(given("pidfile"), &f.pidfile, v.Pidfile)
 	set(given("logfile"), &f.logfile, v.Logfile)
+	set(given("spin"), &f.spin, v.Spin)
 	set(given("debug"), &f.debug, v.Debug)
 	if !given("mount-root") {
 		f.mountRoots = v.MountRoot
@@ -68,6 +70,11 @@ func (f *flags) readConfig(given func(flag string) bool) ([]guest.MountSpec, err
 	if v.Server != nil {
 		if _, err := transport.Parse(*v.Server); err != nil {
 			return nil, fmt.Errorf("%s: server: %w", c.At("server"), err)
+		}
+	}
+	if v.Spin != nil {
+		if _, err := transport.ParseSpin(*v.Spin); err != nil {
+			return nil, fmt.Errorf("%s: spin: %w", c.At("spin"), err)
 		}
 	}
 	if v.Socket != nil && *v.Socket != noSocket {

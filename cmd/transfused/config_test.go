@@ -7,10 +7,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"transfused.org/transfused/service/guest"
+	"transfused.org/transfused/service/transport"
 )
 
 // tree makes files below a root, which has the configuration of a test.
@@ -35,11 +37,11 @@ func TestSettings(t *testing.T) {
 	main, dropIn := "etc/transfuse/transfused.toml", "etc/transfuse/transfused.toml.d/1.toml"
 	token := strings.Repeat("t", 32)
 	root := tree(t, map[string]string{
-		main:                    "server = \"unix:/run/h\"\ndebug = true\nlogfile = \"/log\"\nallow-suid = true\n[mount.code]\ndir = \"/code\"\noptions = [\"ro\"]\n",
+		main:                    "server = \"unix:/run/h\"\ndebug = true\nlogfile = \"/log\"\nallow-suid = true\nspin = \"20us\"\n[mount.code]\ndir = \"/code\"\noptions = [\"ro\"]\n",
 		"cred/transfused.toml":  "server = \"unix:/x\"\n[mount.data]\ndir = \"/data\"\n",
 		"cred/transfused.token": token + "\n",
 	})
-	f := flags{root: root, server: guest.DefaultServer, socket: "none", debug: false}
+	f := flags{root: root, server: guest.DefaultServer, socket: "none", spin: transport.DefaultSpin.String()}
 	given := func(flag string) bool { return flag == "socket" || flag == "debug" }
 	check := func(what string, specs []guest.MountSpec) {
 		t.Helper()
@@ -50,7 +52,7 @@ func TestSettings(t *testing.T) {
 		if diff := cmp.Diff(specs, c.Mounts); diff != "" {
 			t.Error(what, diff)
 		}
-		if c.Server.Path != "/run/h" || c.Socket.Family != 0 || !c.AllowSuid || all.logfile != "/log" || all.debug || string(c.Token) != token {
+		if c.Server.Path != "/run/h" || c.Socket.Family != 0 || !c.AllowSuid || c.Spin != transport.Spin(20*time.Microsecond) || all.logfile != "/log" || all.debug || string(c.Token) != token {
 			t.Errorf("%s: %+v, %+v", what, c, all)
 		}
 	}

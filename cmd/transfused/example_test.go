@@ -19,7 +19,7 @@ const example = "../../packaging/transfused.toml"
 // The example configuration is one that the daemon takes, and so it is with its optional lines taken in. It shows every key.
 func TestExampleConfig(t *testing.T) {
 	none := func(string) bool { return false }
-	f := flags{config: example, server: guest.DefaultServer, socket: guest.DefaultSocket}
+	f := flags{config: example, server: guest.DefaultServer, socket: guest.DefaultSocket, spin: transport.DefaultSpin.String()}
 	c, _, err := f.settings(none)
 	if err != nil {
 		t.Fatal(err)
@@ -50,8 +50,8 @@ func TestExampleConfig(t *testing.T) {
 	if err := c.Check(); err != nil {
 		t.Error(err)
 	}
-	if f.server != guest.DefaultServer || f.socket != guest.DefaultSocket {
-		t.Errorf("it says that the defaults are %s and %s", f.server, f.socket)
+	if f.server != guest.DefaultServer || f.socket != guest.DefaultSocket || f.spin != "50us" {
+		t.Errorf("it says that the defaults are %s, %s and %s", f.server, f.socket, f.spin)
 	}
 	for _, typ := range []reflect.Type{reflect.TypeFor[file](), reflect.TypeFor[mountFile]()} {
 		for field := range typ.Fields() {

@@ -46,10 +46,10 @@ func (r *rig) blind() {
 }
 
 // told starts host and guest, and waits for all channels of the mount.
-func (r *rig) told(export, mount string) (host, guest *program) {
+func (r *rig) told(export, mount string, flags ...string) (host, guest *program) {
 	r.t.Helper()
-	host = r.host(export)
-	guest = r.guest("--control", r.address("c"), "--mount", "code="+r.mnt+mount)
+	host = r.host(export, flags...)
+	guest = r.guest(append([]string{"--control", r.address("c"), "--mount", "code=" + r.mnt + mount}, flags...)...)
 	r.mounted(r.mnt)
 	host.await("msg=mounted")
 	return host, guest

@@ -156,11 +156,11 @@ func (r *rig) guest(args ...string) *program {
 	return r.start("transfused", append([]string{"--server", r.address("h"), "--socket", r.address("g")}, args...)...)
 }
 
-// both starts host and guest, and waits for the mount that the guest asks for.
-func (r *rig) both(export, mount string) (host, guest *program) {
+// both starts host and guest, with flags that both have, and waits for the mount that the guest asks for.
+func (r *rig) both(export, mount string, flags ...string) (host, guest *program) {
 	r.t.Helper()
-	host = r.host(export)
-	guest = r.guest("--mount", "code="+r.mnt+mount)
+	host = r.host(export, flags...)
+	guest = r.guest(append([]string{"--mount", "code=" + r.mnt + mount}, flags...)...)
 	r.mounted(r.mnt)
 	return host, guest
 }

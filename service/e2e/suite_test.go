@@ -81,9 +81,9 @@ func TestSuites(t *testing.T) {
 		host, guest := r.both(all, ",suid,dev")
 		r.suites(host, guest, suiteSpec{Options: fstest.Options{Entries: 10_000, Ops: 1_000, Missing: Missing(all)}, Posix: notPosix})
 	})
-	t.Run("default export, one stream", func(t *testing.T) {
+	t.Run("default export, one stream, nobody spins", func(t *testing.T) {
 		r := newRig(t, 0)
-		host, guest := r.both("", ",streams=1")
+		host, guest := r.both("", ",streams=1", "--spin", "0")
 		r.suites(host, guest, small(""))
 	})
 	for _, mode := range []string{"cache=none", "cache=always", "cache=always,writeback"} {

@@ -29,12 +29,13 @@ type Config struct {
 	MountRoots []string       // mounts are made only below these; empty: anywhere
 	AllowSuid  bool           // what a host may ask for
 	AllowDev   bool
-	Fusermount string       // for an ordinary user; empty: found in the path
-	Pidfile    string       // written when the host has answered; empty: none
-	StateDir   string       // what is to be remembered until the next boot; empty: StateDir()
-	Token      []byte       // that proves this guest over transports that don't
-	Software   string       // program and version, for the host's log
-	Log        *slog.Logger `json:"-"`
+	Fusermount string         // for an ordinary user; empty: found in the path
+	Spin       transport.Spin // how long a pump looks for the next message before it sleeps
+	Pidfile    string         // written when the host has answered; empty: none
+	StateDir   string         // what is to be remembered until the next boot; empty: StateDir()
+	Token      []byte         // that proves this guest over transports that don't
+	Software   string         // program and version, for the host's log
+	Log        *slog.Logger   `json:"-"`
 
 	Listener *transport.Listener    `json:"-"` // one that this process was started with, in place of Socket; Run closes it
 	Ready    func()                 `json:"-"` // called once, when the daemon serves; nil: not

@@ -8,6 +8,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"transfused.org/transfused/service/transport"
 )
 
 // device is the fuse device of a mount, outside the runtime's poller. Who reads it waits in poll(2) on a thread of his
@@ -44,13 +46,19 @@ func (d *device) Write(b []byte) (int, error) { return unix.Write(d.fd, b) }
 
 // waitWith waits for a request, with asks, and for what fds want, of which the first two are the device's and the waker's to be; for at most timeout
 // milliseconds (-1: for ever). Without asks only the end of the file system counts here. woken: the waker was.
-func (d *device) waitWith(w *waker, asks bool, fds []unix.PollFd, timeout int) (woken bool, err error) {
+func (d *device) waitWith(w *waker, s *transport.Spinner, asks bool, fds []unix.PollFd, timeout int) (woken bool, err error) {
 	fds[0], fds[1] = unix.PollFd{Fd: int32(d.fd)}, unix.PollFd{Fd: int32(w.fd), Events: unix.POLLIN}
 	if asks {
 		fds[0].Events = unix.POLLIN
 	}
+	for s.Begin(); s.Again(); {
+		if n, err := pollNow(fds); n > 0 && err == nil {
+			return fds[1].Revents != 0, nil
+		}
+	}
 	for {
 		_, err := unix.Poll(fds, timeout)
+		s.Slept()
 		switch {
 		case err == unix.EINTR:
 			continue
@@ -135,6 +143,16 @@ func (d *device) close() {
 func readNow(fd int, b []byte) (int, error) { return callNow(unix.SYS_READ, fd, b) }
 
 func writeNow(fd int, b []byte) (int, error) { return callNow(unix.SYS_WRITE, fd, b) }
+
+// pollNow is poll(2) that does not wait.
+func pollNow(fds []unix.PollFd) (int, error) {
+	var now unix.Timespec
+	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(unsafe.SliceData(fds))), uintptr(len(fds)), uintptr(unsafe.Pointer(&now)), 0, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}
 
 func callNow(call uintptr, fd int, b []byte) (int, error) {
 	n, _, errno := unix.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))

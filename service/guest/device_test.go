@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"transfused.org/transfused/service/fuse"
+	"transfused.org/transfused/service/transport"
 )
 
 // fakeDevice is a device whose kernel is the test: one packet a message, as /dev/fuse has it.
@@ -38,7 +39,7 @@ func TestDevice(t *testing.T) {
 	}
 	wait := func(asks bool, timeout int) (ready, woken bool) {
 		var fds [2]unix.PollFd
-		woken, err := d.waitWith(w, asks, fds[:], timeout)
+		woken, err := d.waitWith(w, &transport.Spinner{}, asks, fds[:], timeout)
 		if err != nil {
 			t.Error(err)
 		}

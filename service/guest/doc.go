@@ -39,6 +39,12 @@
 // nothing of this. INTERRUPTs go over the first stream, as does what waits interruptibly: the host remembers one whose request it does not find.
 // What the shortcuts know does not rest on the stream: a request counts as at the host from when it was read here until its reply is written.
 //
+// Before it sleeps it looks for the next message again and again for up to 50 µs, while messages follow each other so fast, and so does the host's worker
+// (transport.Spinner). Between two looks it yields: on one CPU that is the switch to who has the next message, without a wake-up. On that machine, in turns,
+// medians of three rounds, without and with it at both ends: one CPU getattr 21.5 and 17.3 µs, cold stat 30 and 26, create 95 and 74; two CPUs getattr 37 and 19, cold stat 52 and
+// 27, create 140 and 107, with as much CPU time for a getattr (34 and 32 µs) or a cold stat (47 and 43), and half as much more for a create (135 and 200). Without the yield one CPU took
+// 78 µs for a getattr.
+//
 // Three requests are answered here: where a host of version 2 lets us, GETATTR of a directory whose attributes the host told
 // with the reply of a change in it, and FLUSH of a file without locks; and the kernel's question for the capabilities of a new file (shortcuts).
 //

@@ -171,7 +171,7 @@ func (d *Daemon) mount(ctx context.Context, e *entry, q mountAsk) (m *mount, at 
 
 // newPump makes a pump of m for its streams, whose descriptors it owns, also when it fails.
 func (d *Daemon) newPump(m *mount, socks []int) (*Pump, error) {
-	p, err := newPump(m.dev, socks, PumpOptions{Ahead: m.version >= wire.Version2, NoFlush: m.noFlush, Log: d.log.With("dir", m.dir)})
+	p, err := newPump(m.dev, socks, PumpOptions{Ahead: m.version >= wire.Version2, NoFlush: m.noFlush, Spin: d.c.Spin, Log: d.log.With("dir", m.dir)})
 	if err != nil {
 		return nil, err
 	}

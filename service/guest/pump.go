@@ -83,6 +83,7 @@ type Pump struct {
 	canResend   bool
 	buf         []byte // requests are read into it; those that are held back are at its beginning
 	polled      [2 + maxStreams]unix.PollFd
+	spinner     transport.Spinner
 	turn        int // of the streams for large data, the one that was received from last
 	minor       atomic.Uint32
 	maxWrite    atomic.Uint32
@@ -132,6 +133,7 @@ var (
 type PumpOptions struct {
 	Ahead   bool // the host tells a directory's attributes after each change in it, and the pump answers GETATTR by them
 	NoFlush bool // the pump answers the FLUSH of a file that nobody has locked
+	Spin    transport.Spin
 	Log     *slog.Logger
 }
 
@@ -174,6 +176,7 @@ func newPump(d *device, socks []int, o PumpOptions) (*Pump, error) {
 	for i, sock := range socks {
 		p.lanes[i].sock = sock
 	}
+	p.spinner.Max = o.Spin
 	p.saves = splice.Saves(socks[0]) // the others are of the same transport
 	p.shortcuts = shortcuts{noFlush: o.NoFlush, locked: map[uint64]struct{}{}, releasing: map[uint64]struct{}{}}
 	return p, nil
@@ -374,7 +377,7 @@ func (p *Pump) wait(asks bool, timeout int) (came bool, err error) {
 		}
 		return n > 0, nil
 	}
-	woken, err := p.dev.waitWith(p.waker, asks, all, timeout)
+	woken, err := p.dev.waitWith(p.waker, &p.spinner, asks, all, timeout)
 	if err == nil && !asks && all[0].Revents != 0 {
 		return false, errUnmounted
 	}

@@ -27,9 +27,10 @@ type Config struct {
 	// AllowUnprivileged lets in guests' processes that are not root, or may
 	// not be.
 	AllowUnprivileged bool
-	Software          string       // program and version, for the guests' logs
-	Version           string       // for the administrator
-	Log               *slog.Logger // nil for none
+	Spin              transport.Spin // how long a worker looks for a stream's next request before it sleeps
+	Software          string         // program and version, for the guests' logs
+	Version           string         // for the administrator
+	Log               *slog.Logger   // nil for none
 
 	// Inherited are sockets that this process was started with, beside those
 	// of Listen. Run closes them.

@@ -351,7 +351,7 @@ func (ss *session) addMount(of *Export, e Export, dir string) (*mount, error) {
 	if err != nil {
 		return nil, err
 	}
-	noFlush, watched, err := w.mount(mountOrder{MountID: m.id, Ahead: ss.version >= wire.Version2, Reread: ss.version < wire.Version2, Keep: m.keep}, &e)
+	noFlush, watched, err := w.mount(mountOrder{MountID: m.id, Ahead: ss.version >= wire.Version2, Reread: ss.version < wire.Version2, Keep: m.keep, Spin: ss.srv.conf.Spin}, &e)
 	m.noFlush = noFlush
 	ss.mu.Lock()
 	m.watched = watched

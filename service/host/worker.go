@@ -49,6 +49,7 @@ type mountOrder struct {
 	Ahead   bool // passthrough.Config's
 	Reread  bool // passthrough.Config's
 	Keep    bool // the mount outlives its streams
+	Spin    transport.Spin
 	Watched bool // changes on the host come; else the worker watches itself, if it can
 }
 
@@ -137,6 +138,7 @@ type workerMount struct {
 	fs     *passthrough.FS
 	notify uint64 // number of its notify channel
 	keep   bool
+	spin   transport.Spin
 	ending bool       // it was to be unmounted while it had streams
 	last   *streamSet // nil: none, or they have ended
 }
@@ -279,7 +281,7 @@ func (w *worker) mount(o *mountOrder, root *os.File) (blind string, err error) {
 		return "", fmt.Errorf("export %s: %w", o.Tag, err)
 	}
 	fs.Watched(o.Watched)
-	m := &workerMount{fs: fs, keep: o.Keep}
+	m := &workerMount{fs: fs, keep: o.Keep, spin: o.Spin}
 	w.mounts[o.MountID] = m
 	w.several.Store(len(w.mounts) > 1)
 	if w.events != nil {
@@ -343,6 +345,7 @@ func (w *worker) stream(o *streamOrder, f *os.File) error {
 		c.Close()
 		return err
 	}
+	c.Spin(m.spin)
 	s := m.last
 	if o.Index == 0 {
 		s = &streamSet{number: o.Number, done: make(chan struct{})}

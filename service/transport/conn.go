@@ -26,6 +26,12 @@ type Conn struct {
 
 	blocking bool // set before the Conn is shared
 	yielder  Yielder
+
+	// Of one that spins; for who reads.
+	spinner Spinner
+	look    func(fd uintptr) // nil: it does not
+	into    []byte
+	came    int
 }
 
 var _ io.ReadWriteCloser = (*Conn)(nil)
@@ -52,7 +58,11 @@ func (c *Conn) Read(b []byte) (int, error) {
 	if c.blocking {
 		c.yielder.Yield()
 	}
+	if n := c.spin(b); n > 0 {
+		return n, nil
+	}
 	n, err := c.f.Read(b)
+	c.spinner.Slept()
 	if err != nil && errors.Is(err, unix.ENOTCONN) {
 		// A vsock socket that was shut down here and then closed by its
 		// peer says this where others say end of file.
