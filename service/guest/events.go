@@ -332,18 +332,20 @@ func (c *actingClone) close() {
 
 // newActingRoot opens a root to act from, and tells whether it is a clone's.
 func (m *helperMount) newActingRoot() (fd int, cloned bool, err error) {
-	root, err := m.point.root()
-	if err != nil {
-		return -1, false, err
-	}
-	clone, err := unix.OpenTree(root, "", unix.AT_EMPTY_PATH|unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	readOnly := m.readOnly.Load()
+	// By the name and not by a descriptor of the root, for whose time the mount would be busy.
+	clone, err := unix.OpenTree(int(m.point.parent.Fd()), m.point.name, unix.AT_SYMLINK_NOFOLLOW|unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if err != nil && !readOnly {
-		return root, false, nil // without privilege
+		root, err := m.point.root()
+		return root, false, err // without privilege
 	}
-	unix.Close(root)
 	if err != nil {
 		return -1, false, fmt.Errorf("act on a read-only mount: open_tree: %w", err)
+	}
+	// The clone is another mount; of this file system there is but the one.
+	if id, err := mountIDOf(clone); err != nil || id.Dev1 != m.point.id.Dev1 || id.Dev2 != m.point.id.Dev2 {
+		unix.Close(clone)
+		return -1, false, unix.ENODEV
 	}
 	if !readOnly {
 		return clone, true, nil

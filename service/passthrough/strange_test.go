@@ -63,16 +63,23 @@ func TestStrangeNames(t *testing.T) {
 type counted struct {
 	watched bool
 	asked   atomic.Int32
+	gate    chan struct{} // the call for "gate" takes one of it when it begins, and another one to end
 	p       *pushed
 }
 
 func (*counted) Thread() uint32 { return 1 << 31 }
 func (*counted) Plain() bool    { return false }
 func (c *counted) Act(a Act) fuse.Errno {
-	if a.Op != ActWatched {
+	switch {
+	case a.Path == "gate":
+		<-c.gate
+		<-c.gate
+		return 0
+	case a.Op != ActWatched:
 		c.p.told("act " + a.Path)
 		return 0
 	}
+	defer c.p.told("asked")
 	c.asked.Add(1)
 	if !c.watched {
 		return unix.ENODATA
@@ -95,8 +102,12 @@ func TestActedIfWatched(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := newTold(t)
-			a := &counted{watched: c.watched, p: p}
+			a := &counted{watched: c.watched, p: p, gate: make(chan struct{})}
 			p.fs.Act(a)
+			// All is to wait before any of it is acted.
+			must(t, os.WriteFile(p.host("gate"), nil, 0o644))
+			p.fs.Changed([]watch.Change{p.change(watch.Create, "gate")})
+			a.gate <- struct{}{}
 			var all []watch.Change
 			for i := range c.n {
 				name := fmt.Sprint("f", i)
@@ -104,8 +115,11 @@ func TestActedIfWatched(t *testing.T) {
 				all = append(all, p.change(watch.Create, name))
 			}
 			p.fs.Changed(all)
+			close(a.gate)
 			if c.acted > 0 {
 				p.until(fmt.Sprint("act f", c.n-1))
+			} else {
+				p.until("asked")
 			}
 			// What comes later is acted again.
 			must(t, os.WriteFile(p.host("end"), nil, 0o644))
