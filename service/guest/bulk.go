@@ -63,6 +63,16 @@ func (p *Pump) closePipes(all bool) {
 			b.in.Close()
 			b.in = nil
 		}
+		if i == 0 {
+			continue
+		}
+		// Nor does it need the memory.
+		if !l.sends() {
+			l.spare = nil
+		}
+		if l.end == 0 {
+			l.in = nil
+		}
 	}
 }
 

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,15 +28,28 @@ func (m *helperMount) watched() error {
 	if unix.Stat("/proc/self/ns/pid", &st) != nil || st.Ino != 0xEFFFFFFC {
 		return nil
 	}
-	w := watchers{dev: strconv.FormatUint(uint64(id.Dev1)<<20|uint64(id.Dev2), 16)}
+	looking.Lock()
+	defer looking.Unlock()
+	w := watchers{dev: strconv.FormatUint(uint64(id.Dev1)<<20|uint64(id.Dev2), 16), until: time.Now().Add(maxLook)}
 	if yes, err := w.inProcesses("/proc"); yes || err != nil {
 		return nil
 	}
 	return unix.ENODATA
 }
 
+// maxLook is how long it may take to look: the host tells nothing else about the mount meanwhile.
+const maxLook = 50 * time.Millisecond
+
+// looking is held by the one who looks.
+var looking sync.Mutex
+
+var errTooMany = errors.New("it takes too long to look at all processes")
+
 // watchers looks for who watches anything on one file system: the descriptors of inotify and fanotify tell (proc_pid_fdinfo(5)).
-type watchers struct{ dev string } // as fdinfo has it: the kernel's own dev_t, in hex
+type watchers struct {
+	dev   string    // as fdinfo has it: the kernel's own dev_t, in hex
+	until time.Time // when to give up; zero: never
+}
 
 // inProcesses tells whether there is one among the processes in proc, or in the threads of one. An error: not all can be looked at.
 func (w *watchers) inProcesses(proc string) (bool, error) {
@@ -45,6 +60,9 @@ func (w *watchers) inProcesses(proc string) (bool, error) {
 	for _, e := range entries {
 		if _, err := strconv.Atoi(e.Name()); err != nil {
 			continue
+		}
+		if !w.until.IsZero() && time.Now().After(w.until) {
+			return false, errTooMany
 		}
 		dir := filepath.Join(proc, e.Name())
 		n, yes, err := w.inDescriptors(dir)

@@ -232,18 +232,26 @@ func (m *member) unmounted(id uint32) {
 }
 
 // told passes changes below a tree on to the workers that serve it, but to from. Of what a worker has done fanotify tells too: those
-// that have heard it from the worker itself don't hear it again.
+// that have heard it from the worker itself don't hear it again. So a worker is heard by all who serve one of its trees: they may lie within each other.
 func (h *hub) told(t *tree, from *member, cs []watch.Change) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	theirs := map[int]bool{}
 	to := map[*member]bool{}
 	for m := range t.mounts {
-		if m.member != from {
-			to[m.member] = true
-		}
+		to[m.member] = true
 		theirs[m.pid] = true
 	}
+	if from != nil {
+		for _, o := range from.trees {
+			for m := range o.mounts {
+				if o.dev == t.dev {
+					to[m.member] = true
+				}
+			}
+		}
+	}
+	delete(to, from)
 	for m := range to {
 		var b []byte
 		for i := range cs {

@@ -50,6 +50,9 @@ func (fs *FS) absent(r *request, dir *node, name cname) time.Duration {
 		a.now = map[entryKey]struct{}{}
 	}
 	a.now[entryKey{dir.id, name.String()}] = struct{}{}
+	if r.seq != c.seq.Load() {
+		return 0 // a change that came meanwhile may have been told before this name was remembered
+	}
 	return longTTL * time.Second
 }
 

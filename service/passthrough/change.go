@@ -390,9 +390,16 @@ func (fs *FS) tellSome(batch []change, n *notifier) {
 	}
 }
 
-// believes tells whether the guest may believe anything about the name that a change is about. Most that is made on the host it has never heard of.
+// believes tells whether the guest may believe anything about the name that a change is about. Most that is made on the host it has never heard of. What is moved
+// may have taken the place of something that it has.
 func (fs *FS) believes(k *change) bool {
-	return !k.strange || k.op&watch.Rename != 0 || fs.caching.believesAbsent(entryKey{k.dir, k.name})
+	if !k.strange || k.op&(watch.Rename|watch.Arrived) != 0 || fs.caching.believesAbsent(entryKey{k.dir, k.name}) {
+		return true
+	}
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	dir := fs.nodes[k.dir]
+	return dir != nil && fs.places[place{dir, k.name}] != nil // whoever has its number by now
 }
 
 // isUnder tells whether a node was last seen under that name, and still is: the host may have given its number to another.

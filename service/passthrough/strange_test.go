@@ -47,11 +47,24 @@ func TestStrangeNames(t *testing.T) {
 	for _, name := range []string{"new", "known"} {
 		all = append(all, p.change(watch.Delete, name))
 	}
+	// What the guest does not know takes a place where it has seen another, and one where it has seen one that it has seen elsewhere since.
+	must(t, os.WriteFile(p.host("taken"), nil, 0o644))
+	must(t, os.WriteFile(p.host("over"), nil, 0o644))
+	must(t, os.Link(p.host("over"), p.host("one")))
+	must(t, os.Link(p.host("taken"), p.host("kept"))) // or another would get its number
+	for _, name := range []string{"taken", "over", "one"} {
+		p.lookup(1, name)
+	}
+	for _, name := range []string{"taken", "over"} {
+		must(t, os.WriteFile(p.host("other"), nil, 0o644))
+		must(t, os.Rename(p.host("other"), p.host(name)))
+	}
+	all = append(all, p.change(watch.Create, "taken"), p.change(watch.Create|watch.Arrived, "over"))
 	moved := p.change(watch.Rename, "newer")
 	moved.NewDir, moved.NewName = moved.Dir, "absent"
 	p.fs.Changed(append(all, moved))
 	got := append(p.until("entry 1 newer"), "entry 1 newer")
-	want := []string{"inode 1 data", "entry 1 absent", "entry 1 link", "inode 2", "entry 1 known", "entry 1 newer"}
+	want := []string{"inode 1 data", "entry 1 absent", "entry 1 link", "inode 2", "entry 1 known", "entry 1 taken", "entry 1 over", "entry 1 newer"}
 	slices.Sort(want)
 	slices.Sort(got)
 	if got = slices.Compact(got); !slices.Equal(got, want) {

@@ -583,7 +583,7 @@ func (w *Watcher) takeRename(v *view, e *event, s *subject) {
 		}
 		w.give(t, c)
 	}
-	c.Op = Create | e.op&IsDir
+	c.Op = Create | Arrived | e.op&IsDir
 	for _, t := range in {
 		if !slices.Contains(out, t) {
 			c.Dir, c.Name = to.inode, newName

@@ -147,7 +147,7 @@ func TestRename(t *testing.T) {
 		ok(t, os.Rename(o.p("z/h"), filepath.Join(out, "h")))
 		o.want("out of the tree", gone)
 		ok(t, os.Rename(filepath.Join(out, "h"), o.p("a/h")))
-		o.want("into the tree", entry(t, Create, o.p("a/h")))
+		o.want("into the tree", entry(t, Create|Arrived, o.p("a/h")))
 
 		// Directories, and what is below them afterwards.
 		put(t, o.p("a/b/c/f"), "")
@@ -166,7 +166,7 @@ func TestRename(t *testing.T) {
 		put(t, filepath.Join(out, "b/c/d/e/f"), "f")
 		o.want("deeper below it")
 		ok(t, os.Rename(filepath.Join(out, "b"), o.p("a/b")))
-		o.want("a directory into the tree", entry(t, Create|IsDir, o.p("a/b")))
+		o.want("a directory into the tree", entry(t, Create|Arrived|IsDir, o.p("a/b")))
 		ok(t, os.Chmod(o.p("a/b/c/f"), 0o640))
 		o.want("below it", entry(t, Attrib, o.p("a/b/c/f")))
 		ok(t, os.Chmod(o.p("a/b/c/d/e/f"), 0o640))
@@ -229,7 +229,7 @@ func TestIntoBind(t *testing.T) {
 	put(t, filepath.Join(base, "out/x/y/f"), "f")
 	o.want("outside")
 	ok(t, os.Rename(filepath.Join(base, "out"), filepath.Join(base, "in/d")))
-	o.want("into the mount", entry(t, Create|IsDir, o.p("d")))
+	o.want("into the mount", entry(t, Create|Arrived|IsDir, o.p("d")))
 	ok(t, os.Chmod(o.p("d/x/y/f"), 0o600))
 	o.want("below it", entry(t, Attrib, o.p("d/x/y/f")))
 	ok(t, os.Rename(filepath.Join(base, "in/d"), filepath.Join(base, "out")))

@@ -16,9 +16,10 @@ const (
 	Rename                    // alone, or with IsDir
 	IsDir                     // what is told is a directory
 	Lost                      // alone: changes were lost, nothing that is cached of the tree may be believed
+	Arrived                   // with Create: it was moved there from elsewhere, perhaps over another
 )
 
-var opNames = []string{"create", "delete", "modify", "attrib", "close-write", "rename", "dir", "lost"}
+var opNames = []string{"create", "delete", "modify", "attrib", "close-write", "rename", "dir", "lost", "arrived"}
 
 func (o Op) String() string {
 	var s []string
