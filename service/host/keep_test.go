@@ -215,18 +215,23 @@ func TestLostSessionGivesWay(t *testing.T) {
 		}
 		gs = append(gs, g)
 	}
-	for n, i := range []int{3, 5} {
-		gs[i].c.Close()
-		for deadline := time.Now().Add(15 * time.Second); h.lostSessions() <= n; time.Sleep(time.Millisecond) {
+	awaitLost := func(n int) {
+		t.Helper()
+		for deadline := time.Now().Add(15 * time.Second); h.lostSessions() != n; time.Sleep(time.Millisecond) {
 			if time.Now().After(deadline) {
-				t.Fatal("the lost control channel is not noticed")
+				t.Fatalf("not %d control channels are lost", n)
 			}
 		}
+	}
+	for n, i := range []int{3, 5} {
+		gs[i].c.Close()
+		awaitLost(n + 1)
 	}
 	keeper(t, h.addr, 100).connect()
 	h.logs.wait("session ended", errGaveWay.Error())
 	refusedStream(t, gs[3], 1, unix.ENOENT)
 	gs[5].connect() // it is there still
+	awaitLost(0)
 	c := dial(t, h.addr)
 	send(t, c, keeper(t, h.addr, 101).hello())
 	if r := want[*wire.Refused](t, c); r.Errno != unix.EAGAIN {
