@@ -98,7 +98,7 @@ func (r report) print(w io.Writer, table func(io.Writer, [][]string)) {
 				line = append(line, row.Figure(p))
 			}
 			for _, p := range others {
-				line = append(line, strings.ReplaceAll(fmt.Sprintf("%.2f", row.Ratio(ours, p)), "NaN", "-"))
+				line = append(line, row.Times(ours, p))
 			}
 			lines = append(lines, line)
 		}

@@ -288,7 +288,7 @@ func (r benchReport) markdown() string {
 			}
 			for _, p := range r.Peers {
 				if p != ours {
-					line = append(line, strings.ReplaceAll(fmt.Sprintf("%.2f", row.Ratio(ours, p)), "NaN", "-"))
+					line = append(line, row.Times(ours, p))
 				}
 			}
 			lines = append(lines, line)

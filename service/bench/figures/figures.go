@@ -61,6 +61,11 @@ func (r Row) Ratio(a, b string) float64 {
 	return Median(v)
 }
 
+// Times is Ratio as text.
+func (r Row) Times(a, b string) string {
+	return strings.ReplaceAll(fmt.Sprintf("%.2f", r.Ratio(a, b)), "NaN", "-")
+}
+
 // Figure is the median of a peer, with its unit.
 func (r Row) Figure(peer string) string { return r.Unit.Format(Median(r.Rounds[peer])) }
 
